@@ -1,0 +1,27 @@
+"""heliostat: published alignment methods for PyTorch Lightning.
+
+Names are imported on first use, so ``import heliostat`` loads neither torch nor Lightning.
+"""
+
+from typing import TYPE_CHECKING
+
+from heliostat._lazy import lazy_exports
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "WhitenedCSE": "lit_models.whitened_cse",
+    "TextDataModule": "datamodules.text",
+    "ExportBest": "callbacks.export_best",
+    "MetricCurves": "callbacks.metric_curves",
+    "StepSeed": "callbacks.step_seed",
+}
+__all__ = ["__version__", *_EXPORTS]
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
+
+if TYPE_CHECKING:
+    from heliostat.callbacks.export_best import ExportBest as ExportBest
+    from heliostat.callbacks.metric_curves import MetricCurves as MetricCurves
+    from heliostat.callbacks.step_seed import StepSeed as StepSeed
+    from heliostat.datamodules.text import TextDataModule as TextDataModule
+    from heliostat.lit_models.whitened_cse import WhitenedCSE as WhitenedCSE

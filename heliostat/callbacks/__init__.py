@@ -1,0 +1,1 @@
+"""Callbacks that work in a plain Trainer with anyone's LightningModule."""

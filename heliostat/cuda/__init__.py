@@ -1,0 +1,1 @@
+"""CuPy raw kernels: NAME.cu beside NAME.py, which registers its torch operator."""

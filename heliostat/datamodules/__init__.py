@@ -1,0 +1,1 @@
+"""LightningDataModules for local files, Hugging Face data sets and embedded real data."""
