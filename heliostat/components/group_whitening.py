@@ -331,7 +331,7 @@ def _whiten(
     """Check the arguments and whiten; also returns the covariances (V, G, m, m) without the ridge."""
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must have shape (V, N, d) without empty dimensions, got {tuple(x.shape)}")
-    views, rows = x.shape[:2]
+    views, rows, dim = x.shape
     groups = _resolve_groups(dim, rows, num_groups, group_size)
     size = dim // groups
     if method not in _TRANSFORMS:
