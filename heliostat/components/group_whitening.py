@@ -142,9 +142,9 @@ def _solve(sigma: Tensor, method: str, iterations: int) -> tuple[Tensor, Tensor 
 
 
 def _to_slabs(x: Tensor, order: Tensor | None, groups: int) -> Tensor:
-    """(V, N, d) -> (V, G, N, m), contiguous: channels in the given order, cut into groups."""
+    """(V, N, d) -> (V, G, N, m), a new contiguous tensor: channels in the given order, cut into groups."""
     if order is None:
-        return x.unflatten(2, (groups, -1)).transpose(1, 2).contiguous()
+        return x.unflatten(2, (groups, -1)).transpose(1, 2).clone(memory_format=torch.contiguous_format)
     views, rows = x.shape[:2]
     index = order.view(views, groups, 1, -1).expand(-1, -1, rows, -1)
     return x[:, None].expand(-1, groups, -1, -1).gather(3, index)  # permutation and layout in one pass
@@ -184,7 +184,7 @@ class _GroupWhiten(torch.autograd.Function):
                 dist.all_reduce(packed, group=process_group)
                 total, count = packed[:-1].view_as(total), packed[-1]
             mean = total / count
-            a = (slabs - mean).flatten(0, 1)  # (P, N, m)
+            a = slabs.sub_(mean).flatten(0, 1)  # (P, N, m)
             covariance = (a.mT @ a).div_(count)
             if process_group is not None:
                 dist.all_reduce(covariance, group=process_group)  # the ranks' shares sum to A^T A / N

@@ -108,6 +108,14 @@ class WhitenedInfoNCELoss(nn.Module):
         )
 
 
+def bert_linear(dim: int) -> nn.Linear:
+    """A square `torch.nn.Linear` with BERT's initialisation: weights of standard deviation 0.02, no bias."""
+    linear = nn.Linear(dim, dim)
+    nn.init.normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 class ShuffledGroupWhiteningHead(nn.Module):
     """Shuffled group whitening, then Linear and tanh: what stands between encoder and loss in training.
 
@@ -155,9 +163,7 @@ class ShuffledGroupWhiteningHead(nn.Module):
             generator=generator,
             sync=sync,
         )
-        self.linear = nn.Linear(dim, dim)
-        nn.init.normal_(self.linear.weight, std=0.02)  # as BERT
-        nn.init.zeros_(self.linear.bias)
+        self.linear = bert_linear(dim)
 
     def whiten(self, views: Tensor, permutations: Tensor | None = None) -> Tensor:
         """Whiten ``(V, B, d)``, the part before the projection; ``permutations`` ``(V, d)`` replace random ones."""

@@ -1,0 +1,351 @@
+"""LightningCLI as ``heliostat`` runs it: a directory for every run, resume in place, errors of a few lines."""
+
+from __future__ import annotations
+
+import atexit
+import difflib
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from pickle import UnpicklingError
+from tempfile import mkdtemp
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+import heliostat
+from heliostat.cli import did_you_mean
+
+T = TypeVar("T")
+
+_CKPT_WORDS = ("last", "best", "hpc")  # besides "registry...", what Trainer takes instead of a path
+_STAMP = "%Y-%m-%d_%H-%M-%S"
+_STAMPED = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
+_USER_ERRORS = (ValueError, TypeError, ModuleNotFoundError, FileNotFoundError, MisconfigurationException)
+
+# What jsonargparse puts around the error that matters: where it happened, in which class, which types were tried.
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)':\s+(.*)")
+_FACTORY = re.compile(
+    r"Type .* expects a function or a callable class: .*Got value: (?:.*?class_path\W+)?([\w.]+)", re.S
+)
+_UNION = re.compile(
+    r"(?:\n- Expected a path .*\n- )?Does not validate against any of the Union subtypes\nSubtypes: (.*)"
+)
+_WRAPPERS = (_KEY, _CLASS, _FACTORY, _UNION)
+# What it says at the end.
+_NO_OPTION = re.compile(r"(?:Option|.* does not accept option|unrecognized arguments:) '?(-*[^\s='\"]+)")
+_WRONG_VALUE = re.compile(r"(?:Expected a (.+)\. Got value|Expected a dot import path string): (.*)", re.S)
+
+
+def run() -> None:
+    """Run the command in ``sys.argv``: fit, validate, test or predict, with its options."""
+    from heliostat.callbacks.step_seed import StepSeed
+
+    HeliostatCLI(
+        parser_class=_Parser,
+        parser_kwargs={"prog": "heliostat"},
+        trainer_defaults={"callbacks": [StepSeed()]},
+        seed_everything_default=42,  # a number: True would be another seed each time, and 1 == True is not printed
+        save_config_kwargs={"overwrite": True},  # an existing config.yaml has been moved out of the way
+        auto_configure_optimizers=False,
+    )
+
+
+class _Parser(LightningArgumentParser):
+    """Parser whose errors are a few lines that name the option, what was given and what is accepted."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # an abbreviated --config would miss the recipes
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and exit with status 2."""
+        if not self.exit_on_error:  # the parser of a class inside the config: its error becomes part of a longer one
+            if match := _NO_OPTION.match(message):
+                message, ex = _no_option(match[1], _options(self)), None
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", self)
+        _exit(_explain(message, ex, _options(parser)), status=2)
+
+
+class HeliostatCLI(LightningCLI):
+    """LightningCLI with a directory for every run, resume in that directory, and errors of a few lines."""
+
+    _refusal: Exception | None = None
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only the requested subcommand: a parser takes 0.2 s to build."""
+        return {sys.argv[1]: LightningCLI.subcommands()[sys.argv[1]]}
+
+    def _parse_ckpt_path(self) -> None:
+        """Fill in the hyper-parameters of the checkpoint: command line > config > checkpoint > default.
+
+        LightningCLI lets the checkpoint win over the command line, without a word.
+        """
+        command = self.config.subcommand
+        ckpt_path = str(self.config[command].get("ckpt_path") or "")
+        if not ckpt_path or ckpt_path in _CKPT_WORDS or ckpt_path.startswith("registry") or "://" in ckpt_path:
+            return
+        if not Path(ckpt_path).exists():
+            _exit(f"error in ckpt_path: there is no checkpoint {ckpt_path!r} (seen from {Path.cwd()}).", status=2)
+        if not Path(ckpt_path).is_file():  # a folder: sharded, without hyper-parameters that could be read here
+            return
+        weights_only = self.config[command].get("weights_only") is not False
+        try:
+            checkpoint = torch.load(ckpt_path, map_location="cpu", mmap=True, weights_only=weights_only)
+        except (RuntimeError, UnpicklingError) as error:
+            _exit(f"error in ckpt_path: {ckpt_path!r} cannot be read as a checkpoint: {error}", status=2)
+        saved = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if k != "_instantiator"}
+        class_path = self.config[command].model.class_path
+        if not saved:
+            return
+        if saved.pop("_class_path", class_path) != class_path:
+            _say(f"the checkpoint is of another class than {class_path}: its hyper-parameters are not used")
+            return
+        self._subcommand_parsers[command].set_defaults({"model": {"class_path": class_path, "init_args": saved}})
+        self.parse_arguments(self.parser, None)
+        dump = self._subcommand_parsers[command].dump(self.config[command], skip_none=False, format="yaml")
+        used = dict(_leaves(yaml.safe_load(dump)["model"].get("init_args", {})))
+        was = dict(_leaves(saved))
+        for key in used:
+            if key in was and used[key] != was[key]:
+                _say(f"model.{key} is {used[key]!r}; in the checkpoint it was {was[key]!r}")
+
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        self.parser.add_instantiator(self._instantiate, object)
+
+    def _instantiate(self, class_type: type[T], *args: Any, **kwargs: Any) -> T:
+        """Remember what a class refuses: of a union, jsonargparse keeps only the error of the first type."""
+        try:
+            return class_type(*args, **kwargs)
+        except Exception as error:
+            self._refusal = error
+            raise
+
+    def instantiate_classes(self) -> None:
+        """Instantiate; what a class refuses becomes one line instead of a traceback."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if os.environ.get("HELIOSTAT_TRACEBACK"):
+                raise
+            reports = (*_WRAPPERS, _WRONG_VALUE)
+            own = (e for e in _causes(error) if not any(report.match(str(e)) for report in reports))
+            reason = next(own, self._refusal or error)
+            if isinstance(reason, _USER_ERRORS):
+                _exit(f"error: {reason}\nHELIOSTAT_TRACEBACK=1 shows the traceback.", status=1)
+            raise reason from None  # a bug: its traceback, without the report of jsonargparse after it
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Create the Trainer, on the directory of this run.
+
+        The directory goes to the Trainer alone, not into the config: a saved config then serves for a new run.
+        """
+        config = self._get(self.config_init, "trainer")
+        run_dir = config.default_root_dir
+        if config.fast_dev_run:
+            if run_dir is None:  # leave nothing behind, neither of Lightning nor of callbacks that write
+                run_dir = mkdtemp(prefix="heliostat-")
+                atexit.register(shutil.rmtree, run_dir, ignore_errors=True)
+            return super().instantiate_trainer(default_root_dir=run_dir, **kwargs)
+        if run_dir is None:
+            run_dir = self._decide_run_dir()
+            sys.argv.append(f"--trainer.default_root_dir={run_dir}")  # for the other processes that DDP will start
+        if config.logger in (None, True) and not config.barebones:
+            # It says that it will delete the earlier metrics.csv, which _keep_previous has moved.
+            warnings.filterwarnings("ignore", message="Experiment logs directory")
+            kwargs["logger"] = CSVLogger(save_dir=run_dir, name="", version="")
+        try:
+            trainer = super().instantiate_trainer(default_root_dir=run_dir, **kwargs)
+        except BaseException:
+            with suppress(OSError):
+                Path(run_dir).rmdir()  # only if nothing is in it
+            raise
+        if _is_main_process():
+            _keep_previous(Path(run_dir))
+        _say(f"run directory: {run_dir}")
+        return trainer
+
+    def _decide_run_dir(self) -> str:
+        """Continue in the directory of the checkpoint if it lies in a run's directory, else make a new one."""
+        command = self.config.subcommand
+        config = self.config[command]
+        if command == "fit" and config.ckpt_path:
+            checkpoints = Path(config.ckpt_path).resolve().parent
+            if checkpoints.name == "checkpoints" and any(checkpoints.parent.glob("config*.yaml")):
+                config.ckpt_path = None  # for the saved config only: run anew, it shall not continue in here
+                return str(checkpoints.parent)
+        name = "run"
+        if config.config:
+            path = Path(str(config.config[-1]))
+            # The config.yaml that a run has saved belongs to what ran there.
+            name = path.resolve().parent.parent.name if _STAMPED.match(path.resolve().parent.name) else path.stem
+        stamp = datetime.now().strftime(_STAMP) + ("" if command == "fit" else f"-{command}")
+        run_dir = Path.cwd() / "runs" / name / stamp
+        # Under torchrun or SLURM every process comes by here: Lightning broadcasts the paths of the first one.
+        return str(_make_unique(run_dir) if _is_main_process() else run_dir)
+
+
+def _is_main_process() -> bool:
+    rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    return rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def _say(message: str) -> None:
+    if _is_main_process():
+        print(message, flush=True)
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    sys.stderr.write(f"{message}\n")
+    raise SystemExit(status)
+
+
+def _make_unique(path: Path) -> Path:
+    """Create ``path``, or ``path-2`` and so on if it is taken, even by a run that starts in the same second."""
+    number = 1
+    while True:
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return candidate
+
+
+def _keep_previous(run_dir: Path) -> None:
+    """Rename metrics.csv and config.yaml of an earlier run, which would be deleted and overwritten."""
+    files = [path for path in (run_dir / "metrics.csv", run_dir / "config.yaml") if path.exists()]
+    number = 1
+    while any(path.with_suffix(f".{number}{path.suffix}").exists() for path in files):
+        number += 1
+    for path in files:
+        path.rename(path.with_suffix(f".{number}{path.suffix}"))
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted names and values of nested dicts, ``class_path`` and ``init_args`` levels included."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        # jsonargparse looks a failed module import up again as an attribute: the import says what is missing
+        hidden = error.__context__ if isinstance(error, AttributeError) else None
+        error = error.__cause__ or (hidden if isinstance(hidden, ModuleNotFoundError) else None)
+
+
+def _options(parser: LightningArgumentParser) -> list[str]:
+    return [a.dest for a in parser._actions if a.option_strings and a.dest != "help" and not a.dest.endswith(".help")]
+
+
+class _Trace(NamedTuple):
+    """What the chain of causes of a jsonargparse error says."""
+
+    key: str  # dotted key whose value, or whose class, is wrong; empty if no key is
+    owner: str  # the class there, if one was named
+    option: str  # the option of that class whose value is wrong
+    types: str  # what the value may be
+    reason: BaseException  # the error at the end of the chain
+
+
+def _trace(error: BaseException) -> _Trace:
+    keys: list[str] = []
+    owner, depth, types, text, union = "", 0, "", "", ""
+    reason = error
+    for reason in _causes(error):
+        if str(reason) == text:  # the same error, raised again
+            continue
+        text = str(reason)
+        if match := _KEY.match(text):
+            keys.append(match[1])
+            types = union = ""
+        elif match := _CLASS.match(text) or _FACTORY.match(text):
+            owner, depth = match[1], len(keys)
+            types = union = ""
+        elif match := _UNION.match(text):
+            types, union = match[1], text
+        elif match := _WRONG_VALUE.match(text):
+            types = types or match[1]
+            # The chain follows the first type of a union. If another one is a class, that is what was meant.
+            if found := _CLASS.search(union[union.rfind("Subtypes: ") :]):
+                owner, depth, reason = found[1], len(keys), ValueError(found[2])
+    depth = depth or len(keys)
+    types = re.sub(r"<class '([^']+)'>", r"\1", types).replace("NoneType", "None")
+    types = re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", types)
+    return _Trace(".".join(keys[:depth]), owner, ".".join(keys[depth:]), types, reason)
+
+
+def _explain(message: str, error: BaseException | None, options: list[str]) -> str:
+    """Say in a line or two what jsonargparse says in sixty.
+
+    Args:
+        message: Its own message.
+        error: The exception behind it, if there is one; its chain of causes leads from the outermost key of the config
+            to what is wrong.
+        options: What the command accepts.
+
+    Returns:
+        The text to print.
+    """
+    command = sys.argv[1]
+    key, owner, option, types, reason = _trace(error or ValueError(message))
+    text = str(reason)
+    where = f"error in {key}:" if key else "error:"
+    if match := _NO_OPTION.match(text):
+        name = match[1]
+        dashes = "--" if name.startswith("--") else ""
+        near = did_you_mean(name, [dashes + option for option in options])
+        return f"{where} {command} has no option {name!r}.{near} See: heliostat {command} --help"
+    if match := re.match(r"the following arguments are required: (.+)", text):
+        if match[1] == f"{command}.model":
+            return (
+                f"error: {command} needs a model: --config NAME (heliostat ls lists recipes) or --model package.Class"
+            )
+        return f"{where} {owner or command} needs a value for {match[1]}."
+    if match := _WRONG_VALUE.match(text):
+        if option:
+            where = f"{where} {owner} option {option!r}"
+        hint = "" if match[1] else f" A class is written package.Class.{_near_class(match[2])}"
+        return f"{where} expects {types}, got {match[2]!r}.{hint}"
+    if isinstance(reason, (ImportError, AttributeError)) or re.match(
+        "module .* has no attribute|No module named", text
+    ):
+        return f"{where} cannot import {owner}: {text}.{_near_class(owner)}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(reason).__name__]
+    return " ".join([where, *([owner] if owner else []), *lines[:4]])
+
+
+def _no_option(name: str, options: list[str]) -> str:
+    if not options:  # a base class, which stands in for the class that was not named
+        return f"has no option {name!r}, nor any other: name the class that has it first."
+    return f"has no option {name!r}.{did_you_mean(name, options)} Options: {', '.join(options)}."
+
+
+def _near_class(path: str) -> str:
+    """Suggest a class of ours, or of the module in ``path``, of nearly the same name."""
+    module, _, name = path.rpartition(".")
+    known = {other: f"{module}.{other}" for other in vars(sys.modules.get(module, object))}
+    known |= {ours: f"heliostat.{ours}" for ours in heliostat.__all__}
+    near = difflib.get_close_matches(name, [other for other in known if known[other] != path], n=1)
+    return f" Did you mean {known[near[0]]!r}?" if near else ""
