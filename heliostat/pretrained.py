@@ -91,9 +91,9 @@ def _cannot_load(name_or_path: str, error: OSError) -> OSError:
     if Path(name_or_path).is_dir():
         return OSError(f"cannot load {name_or_path!r}, which is a local directory: {error}")
     return OSError(
-        f"name_or_path={name_or_path!r} is no local directory, and as an id of the Hugging Face Hub it is neither in the "
-        f"cache nor can be fetched (offline, misspelt, or private). Give a directory, run `hf download {name_or_path}` "
-        "where there is a network, or use 'minilm', which needs none"
+        f"name_or_path={name_or_path!r} is no local directory, and as an id of the Hugging Face Hub it is neither in "
+        "the cache nor can be fetched (offline, misspelt, or private). Give a directory, run "
+        f"`hf download {name_or_path}` where there is a network, or use 'minilm', which needs none"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import difflib
 import os
+import pydoc
 import re
 import shutil
 import sys
@@ -115,8 +116,16 @@ class HeliostatCLI(LightningCLI):
         if saved.pop("_class_path", class_path) != class_path:
             _say(f"the checkpoint is of another class than {class_path}: its hyper-parameters are not used")
             return
+        known = _Parser().add_class_arguments(pydoc.locate(class_path), fail_untyped=False)
+        for name in sorted(
+            saved.keys() - set(known)
+        ):  # a resume shall survive an option that a newer version has dropped
+            _say(f"model.{name} is {saved.pop(name)!r} in the checkpoint; {class_path} has no such option any more")
         self._subcommand_parsers[command].set_defaults({"model": {"class_path": class_path, "init_args": saved}})
-        self.parse_arguments(self.parser, None)
+        try:
+            self.parse_arguments(self.parser, None)
+        except SystemExit:
+            _exit(f"That is a hyper-parameter in {ckpt_path!r}, which this version cannot use.", status=2)
         dump = self._subcommand_parsers[command].dump(self.config[command], skip_none=False, format="yaml")
         used = dict(_leaves(yaml.safe_load(dump)["model"].get("init_args", {})))
         was = dict(_leaves(saved))
@@ -286,7 +295,7 @@ def _trace(error: BaseException) -> _Trace:
         elif match := _UNION.match(text):
             types, union = match[1], text
         elif match := _WRONG_VALUE.match(text):
-            types = types or match[1]
+            types = types or match[1] or "a class"
             # The chain follows the first type of a union. If another one is a class, that is what was meant.
             if found := _CLASS.search(union[union.rfind("Subtypes: ") :]):
                 owner, depth, reason = found[1], len(keys), ValueError(found[2])
@@ -323,9 +332,9 @@ def _explain(message: str, error: BaseException | None, options: list[str]) -> s
                 f"error: {command} needs a model: --config NAME (heliostat ls lists recipes) or --model package.Class"
             )
         return f"{where} {owner or command} needs a value for {match[1]}."
+    if option:
+        where, owner = f"{where} {owner} option {option!r}", ""
     if match := _WRONG_VALUE.match(text):
-        if option:
-            where = f"{where} {owner} option {option!r}"
         hint = "" if match[1] else f" A class is written package.Class.{_near_class(match[2])}"
         return f"{where} expects {types}, got {match[2]!r}.{hint}"
     if isinstance(reason, (ImportError, AttributeError)) or re.match(

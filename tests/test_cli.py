@@ -64,6 +64,11 @@ class Other(Lit):
     pass
 
 
+class NeedsEncoder(pl.LightningModule):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+
+
 class Data(pl.LightningDataModule):
     def train_dataloader(self):
         return torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=4)
@@ -459,6 +464,27 @@ def test_ckpt_path_of_another_class(
     assert "another class than cli_toy.Other" in capsys.readouterr().out
 
 
+def test_ckpt_path_with_options_that_are_gone(
+    toy: Path, heliostat_command: Heliostat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = ["--model.encoder", "cli_toy.Encoder"]
+    heliostat_command("fit", "--config", "toy.yaml", *encoder, "--trainer.default_root_dir", "first")
+    checkpoint = torch.load(toy / "first" / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["gone"] = 3
+    torch.save(checkpoint, "old.ckpt")
+    resume = ["--trainer.max_epochs", "2", "--trainer.default_root_dir", "second", "--ckpt_path"]
+    assert heliostat_command("fit", "--config", "toy.yaml", *resume, "old.ckpt") == 0
+    assert "model.gone is 3 in the checkpoint; cli_toy.Lit has no such option any more" in capsys.readouterr().out
+    assert "gone" not in hyper_parameters(toy / "second")
+
+    checkpoint["hyper_parameters"]["encoder"]["init_args"]["gone"] = 3
+    torch.save(checkpoint, "older.ckpt")
+    assert heliostat_command("fit", "--config", "toy.yaml", *resume, "older.ckpt") == 2
+    said = capsys.readouterr().err
+    assert "error in model.encoder: cli_toy.Encoder has no option 'gone'. Options: dim, width.\n" in said
+    assert "That is a hyper-parameter in 'older.ckpt'" in said
+
+
 @pytest.mark.parametrize("ckpt_path", ["nothing.ckpt", "toy.yaml"])
 def test_ckpt_path_that_is_none(
     ckpt_path: str, toy: Path, heliostat_command: Heliostat, capsys: pytest.CaptureFixture[str]
@@ -540,6 +566,11 @@ def test_errors_in_a_config(
         (
             "--model.encoder.width 1",
             "error in model.encoder: torch.nn.Module has no option 'width', nor any other: name",
+        ),
+        ("--model cli_toy.NeedsEncoder", "error in model: cli_toy.NeedsEncoder needs a value for encoder.\n"),
+        (
+            "--model cli_toy.NeedsEncoder --model.encoder Encodr",
+            "error in model: cli_toy.NeedsEncoder option 'encoder' expects a class, got 'Encodr'. A class is written",
         ),
         ("--model.lrr 1", "error in model: cli_toy.Lit has no option 'lrr'. Did you mean 'lr'?"),
         ("--model.optimizer cli_toy.No", "error in model.optimizer: cannot import cli_toy.No: module 'cli_toy' has no"),

@@ -3,10 +3,10 @@ import sys
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
 from heliostat import pretrained
 from heliostat.pretrained import load_text_encoder, load_tokenizer
+
+transformers = pytest.importorskip("transformers")
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 CONFIGS = {

@@ -2,16 +2,20 @@
 
 Lightning saves the state of a loader that has ``state_dict`` and ``load_state_dict`` in its checkpoints. A run that is
 killed and resumed from a checkpoint then sees the batches that it would have seen without the interruption.
+
+One kind of checkpoint Lightning 2.6 itself does not resume rightly, with any loader: under ``Trainer(max_steps=...)``,
+one saved in ``on_train_epoch_end`` (where ``ModelCheckpoint`` saves when there is no validation) runs a batch too many
+in the finished epoch. Use ``ModelCheckpoint(every_n_train_steps=...)`` there, which is exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -121,18 +125,6 @@ class ResumableLoader(DataLoader[T]):
             self.sampler.set_epoch(state_dict["epoch"])
 
 
-class EpochStream(Protocol):
-    """What ``StreamLoader`` needs of its ``IterableDataset``."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
-        ...
-
-    def __iter__(self) -> Iterator[Any]:
-        """Begin a pass."""
-        ...
-
-
 class StreamLoader(DataLoader[T]):
     """A ``DataLoader`` over a stream, which has no length and no random access, that resumes at the next batch.
 
@@ -140,15 +132,15 @@ class StreamLoader(DataLoader[T]):
     with any number of workers, and takes as long as reading them takes.
 
     Args:
-        dataset: An ``IterableDataset`` with ``set_epoch``.
+        dataset: A stream with a method ``set_epoch(epoch)``, which chooses the order of the next pass.
         trainer: The Trainer, which knows how many batches were used: to see the end of a stream coming, Lightning takes
             a batch ahead of the one that it trains on, so counting the batches handed out would lose one. None: always
             epoch 0, no resuming.
         **kwargs: As for ``DataLoader``.
     """
 
-    def __init__(self, dataset: EpochStream, trainer: Trainer | None = None, **kwargs: Any) -> None:
-        super().__init__(dataset, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, dataset: IterableDataset, trainer: Trainer | None = None, **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
         self.trainer = trainer
         self._resume_at: tuple[int, int] | None = None
 
@@ -172,7 +164,8 @@ def _training_position(trainer: Trainer | None) -> tuple[int, int]:
     """Return the epoch to go on with, and how many of its batches were trained on."""
     if trainer is None:
         return 0, 0
-    epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches = trainer.fit_loop.epoch_loop.batch_progress
     if epochs.started == epochs.processed:  # between two epochs
         return epochs.processed, 0
     if batches.is_last_batch:

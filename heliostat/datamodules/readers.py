@@ -126,17 +126,15 @@ def _codec(encoding: str) -> str:
 
 
 def _encoding_error(file: Path, encoding: str, error: UnicodeDecodeError) -> ValueError:
-    """Find the line again: the error counts bytes from the start of some block of the file."""
-    place, byte = str(file), error.object[error.start]
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                line.decode(encoding)
-            except UnicodeDecodeError as found:
-                place, byte = f"{file}, line {number}, column {found.start + 1}", line[found.start]
-                break
+    """Find the place again: the error at hand counts from the start of some block of the file."""
+    try:
+        file.read_bytes().decode(encoding)
+    except UnicodeDecodeError as whole:
+        error = whole
+    content, at = error.object, error.start
+    line, column = content.count(b"\n", 0, at) + 1, at - content.rfind(b"\n", 0, at)
     return ValueError(
-        f"{place}: byte 0x{byte:02x} is no {encoding} text ({error.reason}); "
+        f"{file}, line {line}, byte {column} of the line: 0x{content[at]:02x} is not {encoding} ({error.reason}); "
         "pass the file's encoding, such as encoding='latin-1' or 'cp1252'"
     )
 
@@ -154,10 +152,7 @@ def _read_txt(file: Path, columns: Sequence[str | int], encoding: str, argument:
 def _read_csv(file: Path, columns: Sequence[str | int], encoding: str, argument: str) -> Iterator[Row]:
     tabs = file.suffix.lower() == ".tsv"
     with file.open(encoding=encoding, newline="") as stream:
-        if tabs:
-            rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-        else:
-            rows = csv.reader(stream, strict=True)
+        rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream, strict=True)
         positions: list[int] | None = [c for c in columns if isinstance(c, int)] or None
         number = 1
         while True:
@@ -185,8 +180,9 @@ def _header_positions(file: Path, header: list[str], columns: Sequence[str | int
     names = [name.strip() for name in header]
     if missing := [column for column in columns if column not in names]:
         raise ValueError(
-            f"{file} has no column {missing[0]!r}; its first line has {names!r:.500}. Name columns of these in {argument}; "
-            f"or, if that line is data, give positions: {argument}={list(range(len(columns)))}"
+            f"{file} has no column {missing[0]!r}; its first line has {names!r:.500}. "
+            f"Name columns of these in {argument}; or, if that line is data, give positions: "
+            f"{argument}={list(range(len(columns)))}"
         )
     return [names.index(str(column)) for column in columns]
 
@@ -210,7 +206,8 @@ def _read_json(file: Path, columns: Sequence[str | int], encoding: str, argument
                 raise ValueError(f"{row.where}: expected an object with the names {list(columns)}, got {record!r:.200}")
             if missing := [column for column in columns if column not in record]:
                 raise ValueError(
-                    f"{row.where}: no {missing[0]!r}; the row has {list(record)!r:.500}. Name columns of these in {argument}"
+                    f"{row.where}: no {missing[0]!r}; the row has {list(record)!r:.500}. "
+                    f"Name columns of these in {argument}"
                 )
             yield row._replace(values=tuple(record[column] for column in columns))
 

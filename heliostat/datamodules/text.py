@@ -46,8 +46,8 @@ class TextDataModule(LightningDataModule):
       sentences, the score scaled from ``score_range`` to float32 in [0, 1], and the int64 position of the pair in the
       set. On several processes Lightning repeats some pairs to give each process as many; drop repeated indices.
 
-    Rows with an empty sentence are passed over, with a warning that counts them. Training batches depend on ``seed`` and
-    the epoch, not on the number of processes or workers, and a resumed run goes on at the next batch.
+    Rows with an empty sentence are passed over, with a warning that counts them. Training batches depend on ``seed``
+    and the epoch, not on the number of processes or workers (a stream's do), and a resumed run goes on at the next one.
 
     Args:
         sentences: Training sentences.
@@ -59,9 +59,10 @@ class TextDataModule(LightningDataModule):
         splits: Splits of a Hugging Face data set for training, validation and test.
         encoding: Encoding of text files.
         streaming: Read the training sentences while training instead of before, for sets larger than memory. A stream
-            is shuffled within ``shuffle_buffer`` rows, keeps duplicates, and gives each process its own share. Resuming
-            reads the interrupted epoch again up to the next batch. On several processes the shares differ in length, so
-            each starts over at its end, and ``limit_train_batches`` or ``max_steps`` must say when to stop.
+            is shuffled within ``shuffle_buffer`` rows and keeps duplicates. Each process and each worker has its own
+            share of it, and each worker drops its last, incomplete batch, so here batches do depend on both numbers.
+            Resuming reads the interrupted epoch again up to the next batch. On several processes the shares differ in
+            length, so each starts over at its end, and ``limit_train_batches`` or ``max_steps`` must say when to stop.
         shuffle_buffer: Rows held in memory to shuffle a stream.
         drop_duplicates: Keep only the first of equal training sentences: a duplicate in the batch is a false negative.
         tokenizer: None: the attribute ``tokenizer`` of the LightningModule, so that the two cannot disagree. Or a
@@ -161,25 +162,29 @@ class TextDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader | list:
-        """Validation pairs in order."""
-        return self._pair_loader("validation") if self.val_pairs is not None else []
+        """Validation pairs in order; no loader if ``val_pairs`` is None."""
+        return self._pair_loader("validation")
 
     def test_dataloader(self) -> DataLoader | list:
-        """Test pairs in order."""
-        return self._pair_loader("test") if self.test_pairs is not None else []
+        """Test pairs in order; no loader if ``test_pairs`` is None."""
+        return self._pair_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
         """Training sentences in order (those kept: no empty ones, and no duplicates under ``drop_duplicates``)."""
         if self._train is None:
             raise MisconfigurationException(
-                "TextDataModule(streaming=True) has no order to predict in; stream=False has"
+                "TextDataModule(streaming=True) has no order to predict in; streaming=False has"
             )
         collate = _Collate(self._tokenizer(), self.max_length).sentences
-        return DataLoader(self._train, self.eval_batch_size, collate_fn=collate, **self._loader_arguments())  # type: ignore[arg-type]
+        texts: Any = self._train
+        return DataLoader(texts, batch_size=self.eval_batch_size, collate_fn=collate, **self._loader_arguments())
 
-    def _pair_loader(self, name: str) -> DataLoader:
+    def _pair_loader(self, name: str) -> DataLoader | list:
+        if name not in self._pairs:
+            return []  # Lightning's word for no loader
         collate = _Collate(self._tokenizer(), self.max_length).pairs
-        return DataLoader(self._pairs[name], self.eval_batch_size, collate_fn=collate, **self._loader_arguments())  # type: ignore[arg-type]
+        pairs: Any = self._pairs[name]  # a list is a data set to DataLoader, if not to its type
+        return DataLoader(pairs, batch_size=self.eval_batch_size, collate_fn=collate, **self._loader_arguments())
 
     def _loader_arguments(self) -> dict[str, Any]:
         # Without a generator of its own, each pass of a loader draws from the global one, and validating more often
@@ -278,15 +283,16 @@ class TextDataModule(LightningDataModule):
             if trainer.max_steps == -1 and not isinstance(trainer.limit_train_batches, int):
                 raise MisconfigurationException(
                     f"TextDataModule(streaming=True) on {world_size} processes: their shares of the stream differ in "
-                    "length, so they cannot tell together when an epoch ends. Set Trainer(limit_train_batches=<int>) or "
-                    "Trainer(max_steps=...)"
+                    "length, so they cannot tell together when an epoch ends. Set Trainer(limit_train_batches=<int>) "
+                    "or Trainer(max_steps=...)"
                 )
-            rows = datasets.distributed.split_dataset_by_node(rows, rank, world_size)
+            distributed = require("datasets.distributed", "TextDataModule(streaming=True)")
+            rows = distributed.split_dataset_by_node(rows, rank, world_size)
         return _SentenceStream(rows, column, endless=world_size > 1)
 
 
 class _Pair(NamedTuple):
-    index: int
+    position: int
     first: str
     second: str
     score: float  # in [0, 1]
@@ -305,12 +311,12 @@ class _Collate:
         )
 
     def pairs(self, pairs: list[_Pair]) -> dict[str, Any]:
-        index, first, second, score = zip(*pairs, strict=True)
+        position, first, second, score = zip(*pairs, strict=True)
         return {
             "first": self.sentences(list(first)),
             "second": self.sentences(list(second)),
             "score": torch.tensor(score, dtype=torch.float32),
-            "index": torch.tensor(index),
+            "index": torch.tensor(position),
         }
 
 

@@ -100,17 +100,19 @@ def _draw_pairs(docstrings: list[_Docstring], grade: int, n: int, rng: random.Ra
     """Draw up to ``n`` different pairs of one grade; fewer if repeated tries find no new one."""
     pools = defaultdict(list)
     for docstring in docstrings:
-        key = {3: docstring.owner, 2: docstring.module, 1: docstring.package, 0: "all"}[grade]
-        if key:
-            pools[key].append(docstring)
+        group = {3: docstring.owner, 2: docstring.module, 1: docstring.package, 0: "all"}[grade]
+        if group:
+            pools[group].append(docstring)
     candidates = [pool for pool in pools.values() if any(_grade(pool[0], other) == grade for other in pool[1:])]
     pairs: dict[frozenset[str], tuple[str, str, float]] = {}
-    for _ in range(100 * n if candidates else 0):
-        if len(pairs) == n:
-            break
+    tries_in_vain = 0
+    while candidates and len(pairs) < n and tries_in_vain < 1000:
+        tries_in_vain += 1
         a, b = rng.sample(rng.choice(candidates), 2)
-        if _grade(a, b) == grade:
-            pairs.setdefault(frozenset((a.sentence, b.sentence)), (a.sentence, b.sentence, float(grade)))
+        key = frozenset((a.sentence, b.sentence))
+        if _grade(a, b) == grade and key not in pairs:
+            pairs[key] = (a.sentence, b.sentence, float(grade))
+            tries_in_vain = 0
     return list(pairs.values())
 
 
