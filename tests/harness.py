@@ -21,7 +21,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -299,8 +300,8 @@ class ModuleContract:
         """A new module, the same at every call; without randomness in training if ``dropout`` is False."""
         raise NotImplementedError
 
-    def data(self) -> LightningDataModule:
-        """Its data, with at least two epochs in `steps` batches, so that resuming inside and between epochs counts."""
+    def data(self, directory: Path) -> LightningDataModule:
+        """Its data, from files it may write into ``directory``: three batches an epoch, so that `steps` are two."""
         raise NotImplementedError
 
     def callbacks(self) -> list[Any]:
@@ -313,7 +314,7 @@ class ModuleContract:
         """Train for ``settings["max_steps"]``, by default `steps`."""
         settings = {"max_steps": self.steps, "callbacks": self.callbacks(), **settings}
         trainer = quiet_trainer(directory, **settings)
-        trainer.fit(self.module(dropout=dropout), self.data(), ckpt_path=ckpt_path)
+        trainer.fit(self.module(dropout=dropout), self.data(directory), ckpt_path=ckpt_path)
         return trainer
 
     @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -331,32 +332,50 @@ class ModuleContract:
         assert trainer.callback_metrics["train/loss"].isfinite()
 
     @pytest.mark.parametrize("stop", [2, 3, 5])
-    def test_resumed_equals_uninterrupted(self, tmp_path: Path, stop: int) -> None:
+    def test_killed_and_resumed_equals_uninterrupted(self, tmp_path: Path, stop: int) -> None:
+        """Killed inside the first epoch, at its end, and inside the second."""
         whole = self.fit(tmp_path)
-        saved = self.fit(tmp_path, max_steps=stop)
-        path = tmp_path / "stopped.ckpt"
-        saved.save_checkpoint(path)
+        keeper = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+        with pytest.raises(_KilledError):
+            self.fit(tmp_path, callbacks=[*self.callbacks(), _Kill(stop), keeper], enable_checkpointing=True)
+        path = tmp_path / "checkpoints" / f"step={stop}.ckpt"
         torch.load(path, weights_only=True)  # nothing in it but plain values and tensors
         resumed = self.fit(tmp_path, ckpt_path=str(path))
-        expected, actual = weights(whole.lightning_module), weights(resumed.lightning_module)
         assert resumed.global_step == whole.global_step == self.steps
-        differing = [name for name in expected if not torch.equal(expected[name], actual[name])]
-        assert not differing
+        expected, actual = weights(whole.lightning_module), weights(resumed.lightning_module)
+        assert not [name for name in expected if not torch.equal(expected[name], actual[name])]
 
     def test_two_processes_equal_one(self, tmp_path: Path, two_processes: ProcessPool) -> None:
-        alone = self.fit(tmp_path, dropout=False, max_steps=2)
-        expected = weights(alone.lightning_module)
-        (loss, actual), _ = two_processes.run(_module_on_rank, type(self), tmp_path)
-        assert loss == pytest.approx(float(alone.callback_metrics["train/loss"]), rel=1e-4)
-        for name, tensor in expected.items():
-            assert relative_error(actual[name].float(), tensor.float()) < 1e-3, name
+        """In float64, where a wrong gradient cannot hide behind rounding."""
+        loss, expected = _module_on_rank(0, type(self), tmp_path, 1, "auto")
+        for actual_loss, actual in two_processes.run(_module_on_rank, type(self), tmp_path, 2, "ddp"):
+            assert actual_loss == pytest.approx(loss, rel=1e-8)
+            for name, tensor in expected.items():
+                torch.testing.assert_close(actual[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def _module_on_rank(
+    rank: int, contract: type[ModuleContract], directory: Path, devices: int, strategy: str
+) -> tuple[float, dict[str, Tensor]]:
+    trainer = contract().fit(
+        directory, dropout=False, max_steps=2, precision="64-true", devices=devices, strategy=strategy
+    )
+    return float(trainer.callback_metrics["train/loss"]), weights(trainer.lightning_module)
+
+
+class _KilledError(Exception):
+    pass
+
+
+class _Kill(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            raise _KilledError
 
 
 def weights(module: LightningModule) -> dict[str, Tensor]:
     """All tensors of a module's state dict, copied."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def _module_on_rank(rank: int, contract: type[ModuleContract], directory: Path) -> tuple[float, dict[str, Tensor]]:
-    trainer = contract().fit(directory, dropout=False, max_steps=2, devices=dist.get_world_size(), strategy="ddp")
-    return float(trainer.callback_metrics["train/loss"]), weights(trainer.lightning_module)
