@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -45,14 +48,20 @@ def load_text_encoder(
         folder = _minilm_folder()
         _check_minilm(folder / "model.safetensors")
         path = str(folder)
+    arguments = {"use_safetensors": True, "output_loading_info": True}
     from_pretrained = transformers.AutoModel.from_pretrained
     try:
-        try:
-            model = from_pretrained(path, use_safetensors=True, add_pooling_layer=False)
-        except TypeError:  # most classes have no pooler, and take no argument about it
-            model = from_pretrained(path, use_safetensors=True)
+        with _quiet(transformers):
+            try:
+                model, info = from_pretrained(path, add_pooling_layer=False, **arguments)
+            except TypeError:  # most classes have no pooler, and take no argument about it
+                model, info = from_pretrained(path, **arguments)
     except OSError as error:
         raise _cannot_load(name_or_path, error) from error
+    if info["missing_keys"]:
+        warnings.warn(
+            f"{name_or_path!r} has no weights for {sorted(info['missing_keys'])}: they start at random", stacklevel=2
+        )
     # The `dtype` argument is called `torch_dtype` in older releases; and without it newer ones keep the file's bf16.
     model = model.float()
     if num_layers is not None:
@@ -68,6 +77,21 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return transformers.AutoTokenizer.from_pretrained(path)
     except OSError as error:
         raise _cannot_load(name_or_path, error) from error
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the report on the pooler that was left out on purpose, and the bar for a second of loading."""
+    logging = transformers.utils.logging
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _minilm_folder() -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
@@ -20,6 +20,7 @@ def save_figure(trainer: Trainer, figure: Figure, path: Path) -> None:
     """Write a figure as PNG and hand it to every logger that takes pictures. Call on rank zero."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
+    logger: Any
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):  # Weights & Biases and its like
             logger.log_image(key=path.stem, images=[str(path)])

@@ -40,7 +40,7 @@ class ExportBest(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the best weights and export them."""
         directory = run_directory(trainer) / self.dirname
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         monitored = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
         best = trainer.strategy.broadcast(monitored[0].best_model_path) if monitored else ""

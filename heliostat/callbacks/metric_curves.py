@@ -34,7 +34,8 @@ class MetricCurves(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Record training metrics at the logger's pace."""
         step = trainer.global_step
-        if step != self._last_step and (step == 1 or step % trainer.log_every_n_steps == 0):
+        pace = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step != self._last_step and (step == 1 or step % pace == 0):
             self._record(trainer, step, "train/")
         self._last_step = step
 
@@ -54,7 +55,7 @@ class MetricCurves(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw and print."""
         path = run_directory(trainer) / self.filename
-        if not trainer.is_global_zero or not self.history or trainer.fast_dev_run:
+        if not trainer.is_global_zero or not self.history or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         rank_zero_info(self.table())
         save_figure(trainer, self.figure(), path)

@@ -30,7 +30,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat(pieces)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         group, count = ctx.group, ctx.count  # type: ignore[attr-defined]
         grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce works in place

@@ -200,7 +200,7 @@ class _GroupWhiten(torch.autograd.Function):
         return y, *auxiliary
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         w, count, *saved = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
@@ -413,7 +413,8 @@ def group_whiten(
     )
     if not return_transform:
         return y[0]
-    return y[0], WhiteningTransform(*(None if t is None else t[0] for t in transform))
+    mean, matrix, eigenvalues = transform
+    return y[0], WhiteningTransform(mean[0], matrix[0], None if eigenvalues is None else eigenvalues[0])
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------

@@ -45,4 +45,4 @@ def configure_optimizers(
     config = {"scheduler": scheduler, "interval": "step"}
     if isinstance(scheduler, ReduceLROnPlateau):
         config |= {"interval": "epoch", "monitor": scheduler.monitor}
-    return {"optimizer": optim, "lr_scheduler": config}  # type: ignore[return-value,typeddict-item]
+    return {"optimizer": optim, "lr_scheduler": config}  # type: ignore[return-value]

@@ -97,14 +97,15 @@ class WhitenedCSE(LightningModule):
             raise ValueError(f"num_views must be >= 2, one anchor and at least one positive, got {num_views}")
         if share_encoder_pass and not (whiten and shuffle):
             raise ValueError("share_encoder_pass needs whiten and shuffle: without them all views would be equal")
+        network: Any = encoder
         if isinstance(encoder, str):
-            encoder, own_tokenizer = load_text_encoder(encoder, num_layers=num_layers)
+            network, own_tokenizer = load_text_encoder(encoder, num_layers=num_layers)
             tokenizer = own_tokenizer if tokenizer is None else tokenizer
         elif num_layers is not None:
             raise ValueError("num_layers cuts an encoder given by name; build a module with the layers you want")
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer)
-        self.encoder = encoder
+        self.encoder = network
         self.encoder.train()  # transformers hands models over in eval mode, and dropout is what tells views apart
         self.tokenizer = tokenizer
         self._freeze(freeze)
@@ -199,9 +200,7 @@ class WhitenedCSE(LightningModule):
         return configure_optimizers(self, self.optimizer, self.lr_scheduler)
 
     @torch.no_grad()
-    def encode(
-        self, sentences: str | Sequence[str], *, batch_size: int = 64, max_length: int | None = None
-    ) -> Tensor:
+    def encode(self, sentences: str | Sequence[str], *, batch_size: int = 64, max_length: int | None = None) -> Tensor:
         """Embed sentences, without whitening and projection, which belong to training.
 
         Args:

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from heliostat import TextDataModule, WhitenedCSE
 from heliostat.components import alignment, uniformity
 from heliostat.pretrained import load_tokenizer
-from tests.harness import ModuleContract, ProcessPool, quiet_trainer, relative_error
+from tests.harness import ModuleContract, ProcessPool, quiet_trainer
 
 SENTENCES = [
     f"{verb} the {adjective} {noun} of the {place}"
