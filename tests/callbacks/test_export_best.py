@@ -31,10 +31,11 @@ def fit(directory: Path, callbacks: list, model: BoringModel | None = None, **se
 
 
 def test_best_weights_are_loaded_and_exported(tmp_path: Path) -> None:
-    keep = ModelCheckpoint(tmp_path / "checkpoints", monitor="score", mode="min", save_last=True, save_on_train_epoch_end=False)
-    trainer = fit(tmp_path, [ExportBest("out"), keep])
+    keep = ModelCheckpoint(tmp_path / "checkpoints", monitor="score", mode="min", save_on_train_epoch_end=False)
+    every = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = fit(tmp_path, [ExportBest("out"), keep, every])
     best = torch.load(keep.best_model_path, weights_only=True)
-    last = torch.load(keep.last_model_path, weights_only=True)
+    last = torch.load(tmp_path / "checkpoints" / "step=3.ckpt", weights_only=True)
     assert best["global_step"] == 2
     exported = torch.load(tmp_path / "out" / "weights.pt", weights_only=True)
     for name, tensor in exported.items():
