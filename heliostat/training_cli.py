@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import heliostat
+from heliostat.callbacks.step_seed import StepSeed
 from heliostat.cli import did_you_mean
 
 T = TypeVar("T")
@@ -53,12 +54,11 @@ _WRONG_VALUE = re.compile(r"(?:Expected a (.+)\. Got value|Expected a dot import
 
 def run() -> None:
     """Run the command in ``sys.argv``: fit, validate, test or predict, with its options."""
-    from heliostat.callbacks.step_seed import StepSeed
-
+    # Lightning 2.6 under torch 2.15, at every step of its own bookkeeping.
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")
     HeliostatCLI(
         parser_class=_Parser,
         parser_kwargs={"prog": "heliostat"},
-        trainer_defaults={"callbacks": [StepSeed()]},
         seed_everything_default=42,  # a number: True would be another seed each time, and 1 == True is not printed
         save_config_kwargs={"overwrite": True},  # an existing config.yaml has been moved out of the way
         auto_configure_optimizers=False,
@@ -117,9 +117,8 @@ class HeliostatCLI(LightningCLI):
             _say(f"the checkpoint is of another class than {class_path}: its hyper-parameters are not used")
             return
         known = _Parser().add_class_arguments(pydoc.locate(class_path), fail_untyped=False)
-        for name in sorted(
-            saved.keys() - set(known)
-        ):  # a resume shall survive an option that a newer version has dropped
+        # A resume shall survive an option that a newer version has dropped.
+        for name in sorted(saved.keys() - set(known)):
             _say(f"model.{name} is {saved.pop(name)!r} in the checkpoint; {class_path} has no such option any more")
         self._subcommand_parsers[command].set_defaults({"model": {"class_path": class_path, "init_args": saved}})
         try:
@@ -166,6 +165,10 @@ class HeliostatCLI(LightningCLI):
         """
         config = self._get(self.config_init, "trainer")
         run_dir = config.default_root_dir
+        callbacks = config.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if not any(isinstance(callback, StepSeed) for callback in callbacks):
+            kwargs["callbacks"] = [*callbacks, StepSeed()]  # every run can be resumed exactly
         if config.fast_dev_run:
             if run_dir is None:  # leave nothing behind, neither of Lightning nor of callbacks that write
                 run_dir = mkdtemp(prefix="heliostat-")
@@ -178,6 +181,8 @@ class HeliostatCLI(LightningCLI):
             # It says that it will delete the earlier metrics.csv, which _keep_previous has moved.
             warnings.filterwarnings("ignore", message="Experiment logs directory")
             kwargs["logger"] = CSVLogger(save_dir=run_dir, name="", version="")
+        if self.subcommand != "fit":  # ModelCheckpoint says that it forgets what it will not need
+            warnings.filterwarnings("ignore", message="The dirpath has changed")
         try:
             trainer = super().instantiate_trainer(default_root_dir=run_dir, **kwargs)
         except BaseException:

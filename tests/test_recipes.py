@@ -100,7 +100,7 @@ def test_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         "--trainer.max_steps=60",
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
         "--trainer.callbacks.filename={step}",
-        "--trainer.callbacks.every_n_train_steps=10",
+        "--trainer.callbacks.every_n_train_steps=5",
         "--trainer.callbacks.save_top_k=-1",
     ]
     subprocess.run([*tiny_recipe, *keep, f"--trainer.default_root_dir={tmp_path / 'whole'}"], check=True, timeout=240)

@@ -256,16 +256,15 @@ def _inverse_permutations(permutations: Tensor, shape: tuple[int, int]) -> Tenso
 
 
 def _check_statistics(
-    x: Tensor, group_size: int, eps: float | None, detach_transform: bool, process_group: dist.ProcessGroup | None
+    x: Tensor, rows: int, group_size: int, eps: float | None, method: str, detach_transform: bool
 ) -> None:
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}")
-    rows = x.shape[1] * (process_group.size() if process_group is not None else 1)
     if rows < 2:
         raise ValueError(f"whitening needs at least 2 rows to measure a covariance, got N = {rows}")
     if eps is not None and not (eps >= 0 and math.isfinite(eps)):
         raise ValueError(f"eps must be a finite number >= 0, or None for a relative ridge, got {eps}")
-    if eps == 0 and rows - 1 < group_size:
+    if eps == 0 and rows - 1 < group_size and method != "newton_schulz":  # whose gain is bounded
         raise ValueError(
             f"with eps = 0 and N = {rows} rows the covariance of a group of {group_size} channels is singular: raise "
             f"eps or N, or use smaller groups (group_size <= {rows - 1})"
@@ -292,7 +291,7 @@ def group_whiten_views(
     process_group: dist.ProcessGroup | None = None,
     return_transform: bool = False,
 ) -> Any:
-    r"""Whiten several views of a batch at once, each with its own statistics and channel permutation.
+    """Whiten several views of a batch at once, each with its own statistics and channel permutation.
 
     The same as stacking ``group_whiten(x[v], permutation=permutations[v], ...)``, in one batched computation.
 
@@ -332,7 +331,8 @@ def _whiten(
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must have shape (V, N, d) without empty dimensions, got {tuple(x.shape)}")
     views, rows, dim = x.shape
-    groups = _resolve_groups(dim, rows, num_groups, group_size)
+    all_rows = rows * (process_group.size() if process_group is not None else 1)
+    groups = _resolve_groups(dim, all_rows, num_groups, group_size)
     size = dim // groups
     if method not in _TRANSFORMS:
         raise ValueError(f"method must be one of {sorted(_TRANSFORMS)}, got {method!r}")
@@ -342,7 +342,7 @@ def _whiten(
     if permutations is not None:
         inverse = _inverse_permutations(permutations, (views, dim)).to(x.device)
         permutations = permutations.to(x.device)
-    _check_statistics(x, size, eps, detach_transform, process_group)
+    _check_statistics(x, all_rows, size, eps, method, detach_transform)
     # Five steps do not whiten larger groups: a small direction gains at most a factor 1.5 a step.
     iterations = ns_iters or (5 if size <= 16 else 10)
     y, mean, matrix, lam, covariance = _GroupWhiten.apply(
@@ -364,13 +364,12 @@ def group_whiten(
     process_group: dist.ProcessGroup | None = None,
     return_transform: bool = False,
 ) -> Any:
-    r"""Whiten groups of channels over the batch, so that every group's covariance is the identity.
+    """Whiten groups of channels over the batch, so that every group's covariance is the identity.
 
-    .. math::
-        \Sigma_g = \frac{1}{N} A_g^\top A_g + \epsilon I, \quad W_g = \Sigma_g^{-1/2}, \quad Y_g = A_g W_g
+        Sigma_g = A_g^T A_g / N + eps I,   W_g = Sigma_g^(-1/2),   Y_g = A_g W_g
 
-    where :math:`A_g` (N, m) holds the centred channels of group g after the permutation; Y is put back into the order
-    of the input. Population statistics, in float32 at least and outside autocast, whatever the input's dtype.
+    where A_g (N, m) holds the centred channels of group g after the permutation; Y is put back into the order of the
+    input. Population statistics, in float32 at least and outside autocast, whatever the input's dtype.
 
     Args:
         x: Batch of shape ``(N, d)``, N >= 2.
@@ -395,8 +394,8 @@ def group_whiten(
         `WhiteningTransform` ``(mean, matrix, eigenvalues)``.
 
     Raises:
-        ValueError: If shapes or arguments do not fit, if N < 2, if ``eps == 0`` and N - 1 < m (singular), or if x holds
-            non-finite values.
+        ValueError: If shapes or arguments do not fit, if N < 2, if ``eps == 0`` and N - 1 < m (singular; not for
+            Newton-Schulz), or if x holds non-finite values.
 
     Example:
         >>> import torch

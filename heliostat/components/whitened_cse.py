@@ -29,11 +29,9 @@ def whitened_infonce_loss(
     candidates: Tensor | None = None,
     first_candidate: int = 0,
 ) -> Tensor:
-    r"""InfoNCE of view 0 against each other view, summed over the views.
+    """InfoNCE of view 0 against each other view, summed over the views.
 
-    .. math::
-        L = \sum_{v=1}^{V-1} \omega_v \frac{1}{B} \sum_i -\log
-            \frac{e^{\cos(z_{0i}, z_{vi}) / \tau}}{\sum_j e^{\cos(z_{0i}, z_{vj}) / \tau}}
+        L = sum_{v=1..V-1} omega_v / B sum_i -log( e^{cos(z_0i, z_vi) / tau} / sum_j e^{cos(z_0i, z_vj) / tau} )
 
     View 0 is the only anchor; view v brings its own positives and negatives. The V - 1 terms are summed, so the
     gradient grows with V, as in the released code. With V = 2 this is SimCSE's loss.

@@ -182,7 +182,7 @@ def _header_positions(file: Path, header: list[str], columns: Sequence[str | int
         raise ValueError(
             f"{file} has no column {missing[0]!r}; its first line has {names!r:.500}. "
             f"Name columns of these in {argument}; or, if that line is data, give positions: "
-            f"{argument}={list(range(len(columns)))}"
+            f"{argument}={0 if len(columns) == 1 else list(range(len(columns)))}"
         )
     return [names.index(str(column)) for column in columns]
 

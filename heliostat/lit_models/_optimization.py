@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 Schedule = Literal["linear", "cosine", "constant"]
+
+_DECAY: dict[str, Callable[[float], float]] = {  # part of training that is over -> factor of the learning rate
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
 
 
 def configure_optimizers(
@@ -27,22 +34,21 @@ def configure_optimizers(
     optim = optimizer([p for p in module.parameters() if p.requires_grad])
     if lr_scheduler == "constant":
         return optim
+    scheduler: LRScheduler | ReduceLROnPlateau
     if callable(lr_scheduler):
         scheduler = lr_scheduler(optim)
+    elif lr_scheduler not in _DECAY:
+        raise ValueError(f"lr_scheduler must be one of {[*_DECAY, 'constant']} or a callable, got {lr_scheduler!r}")
     else:
-        steps = module.trainer.estimated_stepping_batches
+        decay, steps = _DECAY[lr_scheduler], module.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError(
                 f"lr_scheduler={lr_scheduler!r} needs to know how long training is: set the trainer's max_steps or "
                 "max_epochs, or lr_scheduler='constant'"
             )
-        if lr_scheduler == "linear":
-            scheduler = LinearLR(optim, start_factor=1.0, end_factor=0.0, total_iters=int(steps))
-        elif lr_scheduler == "cosine":
-            scheduler = CosineAnnealingLR(optim, T_max=int(steps))
-        else:
-            raise ValueError(f"lr_scheduler must be linear, cosine, constant or a callable, got {lr_scheduler!r}")
-    config = {"scheduler": scheduler, "interval": "step"}
+        # A function is not saved with the scheduler: a run resumed for longer decays over its new length.
+        scheduler = LambdaLR(optim, lambda step: decay(min(step / steps, 1.0)))
+    config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
     if isinstance(scheduler, ReduceLROnPlateau):
         config |= {"interval": "epoch", "monitor": scheduler.monitor}
     return {"optimizer": optim, "lr_scheduler": config}  # type: ignore[return-value]

@@ -231,6 +231,11 @@ def test_newton_schulz_survives_a_singular_covariance_in_float32() -> None:
     assert x.grad.isfinite().all()
 
 
+def test_newton_schulz_needs_no_ridge() -> None:
+    y = group_whiten(batch(4), num_groups=1, eps=0.0, method="newton_schulz")
+    assert y.isfinite().all()
+
+
 def test_exact_gradient_is_bounded_under_rank_deficiency_and_the_detached_one_is_not() -> None:
     x, c = torch.randn(32, 64, dtype=torch.float64), torch.randn(32, 64, dtype=torch.float64)
 
@@ -305,6 +310,11 @@ class TestShuffledGroupWhiteningModule:
         first, second = two_processes.run(_draw_with_rank_seed)
         assert torch.equal(first, second)
 
+    def test_default_groups_count_the_rows_of_all_processes(self, two_processes: ProcessPool) -> None:
+        x = batch(16).double()
+        parts = two_processes.run(_whiten_default, x)
+        assert relative_error(torch.cat(parts), group_whiten(x)) < 1e-10
+
     def test_unequal_numbers_of_rows_are_weighted_by_count(self, two_processes: ProcessPool) -> None:
         x = batch(16).double()
         whole = group_whiten(x, group_size=4)
@@ -315,6 +325,10 @@ class TestShuffledGroupWhiteningModule:
 def _draw_with_rank_seed(rank: int) -> Tensor:
     layer = ShuffledGroupWhitening(12, group_size=4, generator=torch.Generator().manual_seed(rank))
     return layer.draw_permutations(3)
+
+
+def _whiten_default(rank: int, x: Tensor) -> Tensor:
+    return group_whiten(x.chunk(2)[rank], process_group=dist.group.WORLD)
 
 
 def _whiten_unequal(rank: int, x: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torchmetrics.functional.regression import spearman_corrcoef
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
@@ -124,6 +125,27 @@ def test_linear_schedule_reaches_zero_at_the_end_of_training(tmp_path: Path, fil
     trainer = quiet_trainer(tmp_path, max_epochs=1)
     trainer.fit(tiny_module(), data(files))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_run_resumed_for_longer_decays_over_the_new_length(tmp_path: Path, files: Path, schedule: str) -> None:
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    module = tiny_module(lr_scheduler=schedule, optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
+    quiet_trainer(tmp_path, max_steps=4, callbacks=[keep], enable_checkpointing=True).fit(module, data(files))
+    rates: list[float] = []
+    trainer = quiet_trainer(tmp_path, max_steps=8, callbacks=[_Rates(rates)])
+    trainer.fit(module, data(files), ckpt_path=tmp_path / "step=4.ckpt")
+    assert rates[-1] == pytest.approx(0)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0.1  # half of the new length is left
+
+
+class _Rates(Callback):
+    def __init__(self, rates: list[float]) -> None:
+        self.rates = rates
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def test_endless_training_needs_another_schedule(tmp_path: Path, files: Path) -> None:
