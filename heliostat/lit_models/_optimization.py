@@ -40,14 +40,20 @@ def configure_optimizers(
     elif lr_scheduler not in _DECAY:
         raise ValueError(f"lr_scheduler must be one of {[*_DECAY, 'constant']} or a callable, got {lr_scheduler!r}")
     else:
-        decay, steps = _DECAY[lr_scheduler], module.trainer.estimated_stepping_batches
-        if steps == float("inf"):
+        decay, trainer = _DECAY[lr_scheduler], module.trainer
+        if trainer.max_steps == -1 and trainer.max_epochs == -1:
             raise ValueError(
                 f"lr_scheduler={lr_scheduler!r} needs to know how long training is: set the trainer's max_steps or "
                 "max_epochs, or lr_scheduler='constant'"
             )
+
+        def factor(step: int) -> float:
+            # Asked for only once training runs: Lightning 2.6 sets up the loader to answer, and a loader that is set up
+            # before a checkpoint's loops are restored is never told where to go on.
+            return decay(min(step / trainer.estimated_stepping_batches, 1.0)) if step else 1.0
+
         # A function is not saved with the scheduler: a run resumed for longer decays over its new length.
-        scheduler = LambdaLR(optim, lambda step: decay(min(step / steps, 1.0)))
+        scheduler = LambdaLR(optim, factor)
     config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
     if isinstance(scheduler, ReduceLROnPlateau):
         config |= {"interval": "epoch", "monitor": scheduler.monitor}
