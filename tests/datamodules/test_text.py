@@ -12,6 +12,7 @@ from heliostat import TextDataModule
 from heliostat.datamodules.sources import docstrings
 from heliostat.datamodules.sources.docstrings import docstring_pairs, docstring_sentences
 
+tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -21,7 +22,12 @@ WORDS = [f"w{i}" for i in range(60)]
 def tokenizer():
     """One token a word, so that a batch shows which sentences it holds."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return transformers.BertTokenizer(vocab={word: i for i, word in enumerate([*specials, *WORDS])})
+    vocabulary = {word: i for i, word in enumerate([*specials, *WORDS])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), specials, strict=True))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
 
 
 @pytest.fixture
