@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,20 @@ def relative_error(actual: Tensor, expected: Any) -> float:
     deviation = (actual.detach().double() - expected).abs().max().item()
     assert np.isfinite(deviation), "not finite"
     return deviation / max(expected.abs().max().item(), 1e-30)
+
+
+def word_tokenizer(words: Sequence[str]) -> Any:
+    """A transformers tokenizer with one token a word, ids from 5 on, framed by [CLS] and [SEP] as BERT's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special["mask_token"] = "[MASK]"
+    vocabulary = {word: i for i, word in enumerate([*special.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import torch
 
 from heliostat import pretrained
 from heliostat.pretrained import load_text_encoder, load_tokenizer
+from tests.harness import word_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -26,8 +27,7 @@ def _offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"])}
-    return transformers.BertTokenizer(vocab=vocabulary)
+    return word_tokenizer(["a", "b"])
 
 
 def save(folder, tokenizer, config, dtype=torch.float32):

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from heliostat import TextDataModule
 from heliostat.datamodules.sources import docstrings
 from heliostat.datamodules.sources.docstrings import docstring_pairs, docstring_sentences
+from tests.harness import word_tokenizer
 
-tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -20,14 +20,7 @@ WORDS = [f"w{i}" for i in range(60)]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a word, so that a batch shows which sentences it holds."""
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = {word: i for i, word in enumerate([*specials, *WORDS])}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    words.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), specials, strict=True))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
+    return word_tokenizer(WORDS)
 
 
 @pytest.fixture
