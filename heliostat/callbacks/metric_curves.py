@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -78,8 +79,8 @@ class MetricCurves(Callback):
         for name in sorted(self.history):
             if len({value for _, value in self.history[name]}) > 1:  # a constant is not worth a panel
                 panels.setdefault(name.split("/", 1)[-1], []).append(name)
-        columns = min(len(panels), 3) or 1
-        rows = -(-len(panels) // columns) or 1
+        columns = max(1, len(panels) if len(panels) < 4 else math.ceil(math.sqrt(len(panels))))
+        rows = max(1, math.ceil(len(panels) / columns))
         figure = figure_class(figsize=(4.2 * columns, 3 * rows), layout="constrained")
         for place, (title, names) in enumerate(panels.items(), start=1):
             axes = figure.add_subplot(rows, columns, place)
