@@ -70,13 +70,12 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    while (task := pipe.recv()) is not None:
-        function, args = task
+    while True:
+        function, args = pipe.recv()
         try:
             pipe.send((True, function(rank, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
 
 
 class ProcessPool:
@@ -112,11 +111,9 @@ class ProcessPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pipe in self.pipes:
-            pipe.send(None)
-        for process in self.processes:
-            process.join(10)
+        for process in self.processes:  # leaving a process group in good order can take longer than it is worth
             process.kill()
+            process.join()
 
 
 # --- functions and layers --------------------------------------------------------------------------------------------
