@@ -9,6 +9,7 @@ import pydoc
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -157,6 +158,16 @@ class HeliostatCLI(LightningCLI):
             if isinstance(reason, _USER_ERRORS):
                 _exit(f"error: {reason}\nHELIOSTAT_TRACEBACK=1 shows the traceback.", status=1)
             raise reason from None  # a bug: its traceback, without the report of jsonargparse after it
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; what our own code refuses, such as a missing file, becomes one line instead of a traceback."""
+        try:
+            super()._run_subcommand(subcommand)
+        except _USER_ERRORS as error:
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if os.environ.get("HELIOSTAT_TRACEBACK") or not frame.f_globals["__name__"].startswith("heliostat."):
+                raise
+            _exit(f"error: {error}\nHELIOSTAT_TRACEBACK=1 shows the traceback.", status=1)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the Trainer, on the directory of this run.

@@ -52,6 +52,17 @@ def test_recipe_header_says_what_it_is_and_how_long_it_takes(path: Path) -> None
     assert any(line.startswith("# What to see: ") for line in header)
 
 
+def test_missing_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["heliostat", "fit", "--config", "whitened_cse", "--data.sentences", "no.txt"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "error: there is no file 'no.txt'" in error
+    assert "Traceback" not in error
+
+
 @pytest.fixture
 def tiny_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Arguments that put a tiny encoder and small files into the recipe."""
