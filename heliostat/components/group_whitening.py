@@ -52,7 +52,9 @@ def _symmetric(a: Tensor) -> Tensor:
 def _eigh_forward(sigma: Tensor, _: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """W = Sigma^(-1/2) = U diag(lam^-1/2) U^T."""
     lam, u = torch.linalg.eigh(sigma)
-    root = lam.sqrt()
+    # Rounding can make an eigenvalue of a singular covariance negative: hold it at the precision of the largest.
+    largest = lam[:, -1:]
+    root = lam.maximum(torch.where(largest > 0, largest * torch.finfo(lam.dtype).eps, 1.0)).sqrt()
     return (u / root[:, None, :]) @ u.mT, lam, (u, root)
 
 
@@ -395,7 +397,7 @@ def group_whiten(
 
     Raises:
         ValueError: If shapes or arguments do not fit, if N < 2, if ``eps == 0`` and N - 1 < m (singular; not for
-            Newton-Schulz), or if x holds non-finite values.
+            Newton-Schulz), or if x holds non-finite values (Newton-Schulz returns them as NaN).
 
     Example:
         >>> import torch

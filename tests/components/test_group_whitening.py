@@ -231,6 +231,23 @@ def test_newton_schulz_survives_a_singular_covariance_in_float32() -> None:
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_numerically_singular_covariance_without_ridge_stays_finite(seed: int) -> None:
+    x = batch(32, 8, seed)
+    x[:, 1] = x[:, 0]  # rank 7, which no count of rows and channels can tell
+    x.requires_grad_()
+    y = group_whiten(x, num_groups=1, eps=0.0)
+    y.square().cumsum(0).sum().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert torch.equal(group_whiten(torch.ones(32, 8), num_groups=1, eps=0.0), torch.zeros(32, 8))
+
+
+def test_exact_whitening_of_tiny_values_is_that_of_large_ones() -> None:
+    x = batch(64).double()
+    torch.testing.assert_close(group_whiten(1e-9 * x, num_groups=1, eps=0.0), group_whiten(x, num_groups=1, eps=0.0))
+
+
 def test_newton_schulz_needs_no_ridge() -> None:
     y = group_whiten(batch(4), num_groups=1, eps=0.0, method="newton_schulz")
     assert y.isfinite().all()
