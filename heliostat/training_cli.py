@@ -92,6 +92,24 @@ class HeliostatCLI(LightningCLI):
         """Only the requested subcommand: a parser takes 0.2 s to build."""
         return {sys.argv[1]: LightningCLI.subcommands()[sys.argv[1]]}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a configuration says beside model, data and trainer."""
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=False,
+            help="After fit, test the best checkpoint, or the last weights if no ModelCheckpoint has a monitor.",
+        )
+
+    def after_fit(self) -> None:
+        """Test, if the configuration asks for it and training came to its end."""
+        if not self._get(self.config, "test_after_fit") or self.trainer.interrupted:
+            return
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        monitored = getattr(self.trainer.checkpoint_callback, "monitor", None)
+        ckpt_path = "best" if best and monitored else None
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path)
+
     def _parse_ckpt_path(self) -> None:
         """Fill in the hyper-parameters of the checkpoint: command line > config > checkpoint > default.
 

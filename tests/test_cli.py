@@ -56,6 +56,15 @@ class Lit(pl.LightningModule):
     def validation_step(self, batch, batch_idx):
         self.log("val/loss", self.encoder(batch).square().mean(), sync_dist=True)
 
+    def test_step(self, batch, batch_idx):
+        self.log("test/loss", self.encoder(batch).square().mean(), sync_dist=True)
+        self.log("test/step", float(self.tested_step))
+
+    def on_load_checkpoint(self, checkpoint):
+        self.tested_step = checkpoint["global_step"]
+
+    tested_step = -1
+
     def configure_optimizers(self):
         return self.optimizer(self.parameters())
 
@@ -73,7 +82,7 @@ class Data(pl.LightningDataModule):
     def train_dataloader(self):
         return torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=4)
 
-    val_dataloader = train_dataloader
+    val_dataloader = test_dataloader = train_dataloader
 
 
 class Callback(pl.Callback):
@@ -325,6 +334,19 @@ def test_run_directory_and_reusable_config(
         "runs",
         "toy.yaml",
     ]
+
+
+@pytest.mark.parametrize(("monitor", "tested_step"), [("val/loss", 2), ("null", -1)])
+def test_fit_that_ends_with_a_test(toy: Path, heliostat_command: Heliostat, monitor: str, tested_step: int) -> None:
+    """Of the best checkpoint, the one of the first epoch here; or of the weights as they are."""
+    config = CONFIG.replace("val/loss", monitor).replace("max_epochs: 1", "max_epochs: 2")
+    (toy / "toy.yaml").write_text("test_after_fit: true\n" + config)
+    assert heliostat_command("fit", "--config", "toy.yaml", "--model.scale=-1000") == 0
+    run = only_run(toy / "runs" / "toy")
+    with (run / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("test/loss")]
+    assert [float(row["test/step"]) for row in rows] == [tested_step]
+    assert heliostat_command("validate", "--config", str(run / "config.yaml")) == 0  # accepted there, and unused
 
 
 def test_fast_dev_run_leaves_nothing(toy: Path, heliostat_command: Heliostat) -> None:
