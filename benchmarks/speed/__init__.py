@@ -21,14 +21,18 @@ class Case:
     Args:
         ours: Our implementations. The first is the one that ratios and the verdict refer to.
         peers: What a user would pick instead. Compare like with like: other mathematics is another case.
+        repeats: Timed calls at most, for a case whose calls take minutes; it is then warmed up by one call.
     """
 
     ours: dict[str, Factory]
     peers: dict[str, Factory]
+    repeats: int | None = None
 
     def __post_init__(self) -> None:
         if not self.ours or not self.peers or set(self.ours) & set(self.peers):
             raise ValueError("a case needs ours and peers, under different labels")
+        if self.repeats is not None and self.repeats < 3:
+            raise ValueError(f"repeats must be at least 3 for quartiles to mean anything, got {self.repeats}")
 
 
 @dataclass(frozen=True)

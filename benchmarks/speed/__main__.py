@@ -24,20 +24,22 @@ from benchmarks.speed import Case, Run, Speed
 WARM_UP = 3  # calls of each contender before the clock: allocator, thread pools, lazy initialisation
 
 
-def time_interleaved(contenders: dict[str, Run], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def time_interleaved(
+    contenders: dict[str, Run], repeats: int, device: torch.device, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
     """Milliseconds of each call, in rounds A B A B ... so that a change of the machine's pace hits all alike."""
     samples: dict[str, list[float]] = {label: [] for label in contenders}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # a collection inside one call would be charged to whoever is running
     try:
-        for number in range(WARM_UP + repeats):
+        for number in range(warm_up + repeats):
             for label, run in contenders.items():
                 _synchronize(device)
                 start = time.perf_counter()
                 run()
                 _synchronize(device)
-                if number >= WARM_UP:
+                if number >= warm_up:
                     samples[label].append(1000 * (time.perf_counter() - start))
     finally:
         if collecting:
@@ -77,8 +79,9 @@ def difference(result: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]
 def measure(case: Case, repeats: int, device: torch.device) -> list[dict[str, Any]]:
     """Build and measure the contenders of a case; the first of the returned records is ours."""
     contenders = {label: factory(device) for label, factory in {**case.ours, **case.peers}.items()}
-    results = {label: run() for label, run in contenders.items()}
-    samples = time_interleaved(contenders, repeats, device)
+    results = {label: run() for label, run in contenders.items()}  # a warm-up too
+    few = case.repeats is not None and case.repeats < repeats
+    samples = time_interleaved(contenders, case.repeats if few else repeats, device, 0 if few else WARM_UP)
     reference = next(iter(case.ours))
     records = []
     for label, run in contenders.items():
@@ -139,14 +142,17 @@ def markdown(name: str, speed: Speed, document: dict[str, Any]) -> str:
                     "" if record is records[0] else deviation,
                 ]
             )
+    few = {case: len(records[0]["samples_ms"]) for case, records in document["cases"].items()}
+    few = {case: count for case, count in few.items() if count < document["repeats"]}
+    fewer = "".join(f"; {case}: {count} after 1" for case, count in few.items())
     parts = [
         f"# {name}",
         speed.summary,
         "Ours (the first row of a case) is:",
         "\n".join(verdicts(document["cases"])),
         frame.table(header, rows),
-        f"Medians of {document['repeats']} interleaved calls after {WARM_UP} to warm up. `time / ours` above 1: ours "
-        "is faster. Peak: tensor bytes alive during one call beyond those before it. Difference: of the results "
+        f"Medians of {document['repeats']} interleaved calls after {WARM_UP} to warm up{fewer}. `time / ours` above 1: "
+        "ours is faster. Peak: tensor bytes alive during one call beyond those before it. Difference: of the results "
         "from those of ours, relative to the largest entry.",
         frame.how_measured(document["command"], document["environment"], [document]),
     ]
