@@ -15,13 +15,25 @@ _EXPORTS = {
     "ExportBest": "callbacks.export_best",
     "MetricCurves": "callbacks.metric_curves",
     "StepSeed": "callbacks.step_seed",
+    "MetricLearning": "lit_models.multi_similarity",
+    "CAFA": "lit_models.cafa",
+    "LabelledImageDataModule": "datamodules.labelled_images",
+    "RetrievalGallery": "callbacks.retrieval_gallery",
+    "SourceStatistics": "callbacks.source_statistics",
+    "AdaptationReport": "callbacks.adaptation_report",
 }
 __all__ = ["__version__", *_EXPORTS]
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
+    from heliostat.callbacks.adaptation_report import AdaptationReport as AdaptationReport
     from heliostat.callbacks.export_best import ExportBest as ExportBest
     from heliostat.callbacks.metric_curves import MetricCurves as MetricCurves
+    from heliostat.callbacks.retrieval_gallery import RetrievalGallery as RetrievalGallery
+    from heliostat.callbacks.source_statistics import SourceStatistics as SourceStatistics
     from heliostat.callbacks.step_seed import StepSeed as StepSeed
+    from heliostat.datamodules.labelled_images import LabelledImageDataModule as LabelledImageDataModule
     from heliostat.datamodules.text import TextDataModule as TextDataModule
+    from heliostat.lit_models.cafa import CAFA as CAFA
+    from heliostat.lit_models.multi_similarity import MetricLearning as MetricLearning
     from heliostat.lit_models.whitened_cse import WhitenedCSE as WhitenedCSE

@@ -5,25 +5,55 @@ from typing import TYPE_CHECKING
 from heliostat._lazy import lazy_exports
 
 _EXPORTS = {
+    "CORRUPTIONS": "corruptions",
+    "ClassGaussians": "gaussians",
+    "CrossBatchMemory": "cross_batch_memory",
     "GroupWhitening": "group_whitening",
+    "MultiSimilarityLoss": "multi_similarity",
+    "PairLoss": "pair_weighting",
     "ShuffledGroupWhitening": "group_whitening",
     "ShuffledGroupWhiteningHead": "whitened_cse",
+    "SmallConvNet": "small_convnet",
+    "TestTimeAdapter": "test_time_adaptation",
+    "UNPGHead": "unpg",
     "WhitenedInfoNCELoss": "whitened_cse",
     "WhiteningTransform": "group_whitening",
     "alignment": "embedding_geometry",
     "chunked_forward": "chunking",
+    "class_aware_alignment_loss": "cafa",
+    "class_gaussians": "gaussians",
+    "configure_batchnorm_adaptation": "test_time_adaptation",
+    "corrupt": "corruptions",
     "gather_rows": "distributed",
     "group_whiten": "group_whitening",
     "group_whiten_views": "group_whitening",
+    "mahalanobis_sq": "gaussians",
+    "map_at_r": "retrieval",
+    "margin_logits": "unpg",
+    "multi_similarity_loss": "multi_similarity",
+    "multi_similarity_mine": "multi_similarity",
+    "nearest_neighbors": "retrieval",
+    "pair_loss": "pair_weighting",
+    "pair_weights": "pair_weighting",
     "pool_tokens": "pooling",
+    "recall_at_k": "retrieval",
+    "unified_negatives": "unpg",
     "uniformity": "embedding_geometry",
+    "unpg_loss": "unpg",
     "whitened_infonce_loss": "whitened_cse",
 }
 __all__ = [*_EXPORTS]
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
+    from heliostat.components.cafa import class_aware_alignment_loss as class_aware_alignment_loss
     from heliostat.components.chunking import chunked_forward as chunked_forward
+    from heliostat.components.gaussians import ClassGaussians as ClassGaussians
+    from heliostat.components.gaussians import class_gaussians as class_gaussians
+    from heliostat.components.gaussians import mahalanobis_sq as mahalanobis_sq
+    from heliostat.components.corruptions import CORRUPTIONS as CORRUPTIONS
+    from heliostat.components.corruptions import corrupt as corrupt
+    from heliostat.components.cross_batch_memory import CrossBatchMemory as CrossBatchMemory
     from heliostat.components.distributed import gather_rows as gather_rows
     from heliostat.components.embedding_geometry import alignment as alignment
     from heliostat.components.embedding_geometry import uniformity as uniformity
@@ -32,7 +62,25 @@ if TYPE_CHECKING:
     from heliostat.components.group_whitening import WhiteningTransform as WhiteningTransform
     from heliostat.components.group_whitening import group_whiten as group_whiten
     from heliostat.components.group_whitening import group_whiten_views as group_whiten_views
+    from heliostat.components.multi_similarity import MultiSimilarityLoss as MultiSimilarityLoss
+    from heliostat.components.multi_similarity import multi_similarity_loss as multi_similarity_loss
+    from heliostat.components.multi_similarity import multi_similarity_mine as multi_similarity_mine
+    from heliostat.components.pair_weighting import PairLoss as PairLoss
+    from heliostat.components.pair_weighting import pair_loss as pair_loss
+    from heliostat.components.pair_weighting import pair_weights as pair_weights
     from heliostat.components.pooling import pool_tokens as pool_tokens
+    from heliostat.components.retrieval import map_at_r as map_at_r
+    from heliostat.components.retrieval import nearest_neighbors as nearest_neighbors
+    from heliostat.components.retrieval import recall_at_k as recall_at_k
+    from heliostat.components.small_convnet import SmallConvNet as SmallConvNet
+    from heliostat.components.test_time_adaptation import TestTimeAdapter as TestTimeAdapter
+    from heliostat.components.test_time_adaptation import (
+        configure_batchnorm_adaptation as configure_batchnorm_adaptation,
+    )
+    from heliostat.components.unpg import UNPGHead as UNPGHead
+    from heliostat.components.unpg import margin_logits as margin_logits
+    from heliostat.components.unpg import unified_negatives as unified_negatives
+    from heliostat.components.unpg import unpg_loss as unpg_loss
     from heliostat.components.whitened_cse import ShuffledGroupWhiteningHead as ShuffledGroupWhiteningHead
     from heliostat.components.whitened_cse import WhitenedInfoNCELoss as WhitenedInfoNCELoss
     from heliostat.components.whitened_cse import whitened_infonce_loss as whitened_infonce_loss

@@ -10,11 +10,12 @@ in the finished epoch. Use ``ModelCheckpoint(every_n_train_steps=...)`` there, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 if TYPE_CHECKING:
@@ -54,12 +55,24 @@ class GlobalBatchSampler(DistributedSampler[int]):
         num_replicas: Number of processes W.
         rank: This process, from 0 to W - 1.
         seed: Seed of the shuffling, together with the epoch.
+        keyed: Yield pairs ``(row, key)`` instead of rows. The key is a random number that belongs to the place in the
+            epoch: seed with it what is drawn for the row (augmentation), and the batch depends on neither the number
+            of processes nor that of workers, nor on an interruption.
 
     Raises:
         ValueError: ``batch_size`` is not a positive multiple of ``num_replicas``, or exceeds the number of rows.
     """
 
-    def __init__(self, dataset: Sized, batch_size: int, *, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Sized,
+        batch_size: int,
+        *,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        keyed: bool = False,
+    ) -> None:
         self.local_batch_size = local_batch_size(batch_size, num_replicas)
         if len(dataset) < batch_size:
             raise ValueError(
@@ -67,23 +80,105 @@ class GlobalBatchSampler(DistributedSampler[int]):
             )
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
         self.batch_size = batch_size
+        self.keyed = keyed
         self.first_batch = 0  # ResumableLoader sets it to go on in the middle of an epoch
         self.num_batches = len(dataset) // batch_size
 
     def order(self) -> list[int]:
         """Return the rows in the order of this epoch; a subclass may compose its batches here."""
-        # Not seed + epoch, which would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**32)
-        return torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
+        return torch.randperm(len(self.dataset), generator=self._generator()).tolist()  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[int]:
-        order = self.order()
+    def _generator(self, offset: int = 0) -> torch.Generator:
+        # Not seed + epoch, which would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch + offset) % 2**32)
+
+    def __iter__(self) -> Iterator[Any]:
+        order: list[Any] = self.order()
+        if self.keyed:
+            keys = torch.randint(2**62, (len(order),), generator=self._generator(0x9E3779B9))
+            order = list(zip(order, keys.tolist(), strict=True))
         for batch in range(self.first_batch, self.num_batches):
             start = batch * self.batch_size + self.rank * self.local_batch_size
             yield from order[start : start + self.local_batch_size]
 
     def __len__(self) -> int:
         return self.num_batches * self.local_batch_size
+
+
+class ClassBatchSampler(GlobalBatchSampler):
+    """Batches of P classes with K rows each, for losses that need positives among the rows of a batch.
+
+    The rows of a class stand together. Over an epoch every class comes up equally often, up to one, whatever its size,
+    and so does every row of a class; an epoch has as many batches as if every row came once. A class with fewer than K
+    rows repeats them to make K: one of a single row has only copies of itself as positives, and serves the others as a
+    negative. All else is as for ``GlobalBatchSampler``.
+
+    Args:
+        labels: The class of every row.
+        batch_size: P * K, over all processes together.
+        samples_per_class: K.
+        **kwargs: As for ``GlobalBatchSampler``.
+
+    Raises:
+        ValueError: ``batch_size`` is not a multiple of ``samples_per_class``, or there are fewer than P classes; or
+            as for ``GlobalBatchSampler``.
+    """
+
+    def __init__(self, labels: Sequence[int], batch_size: int, samples_per_class: int, **kwargs: Any) -> None:
+        if samples_per_class < 1 or batch_size % samples_per_class:
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of samples_per_class={samples_per_class}, which must be "
+                ">= 1: a batch has as many rows of every one of its classes"
+            )
+        super().__init__(labels, batch_size, **kwargs)
+        self.samples_per_class = samples_per_class
+        self.classes_per_batch = batch_size // samples_per_class
+        self.rows_of: dict[int, list[int]] = {}
+        for row, label in enumerate(labels):
+            self.rows_of.setdefault(int(label), []).append(row)
+        if len(self.rows_of) < self.classes_per_batch:
+            raise ValueError(
+                f"batch_size={batch_size} with samples_per_class={samples_per_class} makes batches of "
+                f"{self.classes_per_batch} classes, and there are only {len(self.rows_of)}; lower batch_size"
+            )
+        if few := [len(rows) for rows in self.rows_of.values() if len(rows) < samples_per_class]:
+            rank_zero_warn(
+                f"{len(few)} of {len(self.rows_of)} classes have fewer than samples_per_class={samples_per_class} rows "
+                f"({few.count(1)} of them a single one); their rows repeat within a batch"
+            )
+
+    def order(self) -> list[int]:
+        """Return the rows in the order of this epoch, batch by batch and class by class."""
+        generator = self._generator()
+        classes = _Deck(sorted(self.rows_of), generator)
+        decks = {label: _Deck(rows, generator) for label, rows in self.rows_of.items()}
+        return [
+            row
+            for _ in range(self.num_batches)
+            for label in classes.deal(self.classes_per_batch)
+            for row in decks[label].deal(self.samples_per_class)
+        ]
+
+
+class _Deck:
+    """Cards dealt in random order, every card as often as any other up to one."""
+
+    def __init__(self, cards: list[int], generator: torch.Generator) -> None:
+        self.cards, self.generator = cards, generator
+        self.rest: list[int] = []
+
+    def deal(self, number: int) -> list[int]:
+        """Take ``number`` cards, no two the same unless there are fewer."""
+        hand = self.cards * (number // len(self.cards))
+        number %= len(self.cards)
+        taken, self.rest = self.rest[:number], self.rest[number:]
+        if len(taken) < number:
+            order = torch.randperm(len(self.cards), generator=self.generator).tolist()
+            shuffled = [self.cards[i] for i in order]
+            more = [card for card in shuffled if card not in taken][: number - len(taken)]
+            self.rest = [card for card in shuffled if card not in more]
+            taken += more
+        return hand + taken
 
 
 class ResumableLoader(DataLoader[T]):

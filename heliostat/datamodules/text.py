@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from heliostat._extras import require
+from heliostat.datamodules.hub import check_columns, load_dataset, looks_like_hub_id
 from heliostat.datamodules.loading import GlobalBatchSampler, ResumableLoader, StreamLoader, local_batch_size
 from heliostat.datamodules.readers import SUFFIXES, Row, find_files, read_rows
 from heliostat.datamodules.sources.docstrings import docstring_pairs, docstring_sentences
@@ -257,8 +257,8 @@ class TextDataModule(LightningDataModule):
         self, argument: str, source: str | Sequence[str], split: str, columns: Sequence[str | int], column_argument: str
     ) -> Iterator[Row]:
         if _is_dataset(source):
-            data = _load_dataset(str(source), split, argument, streaming=False)
-            _check_columns(data.column_names, columns, f"{argument}={source!r}", column_argument)
+            data = load_dataset(str(source), split, argument, streaming=False)
+            check_columns(data.column_names, columns, f"{argument}={source!r}", column_argument)
             data = data.select_columns(list(columns))
             name = f"{source} ({split})"
             return (Row(tuple(row[c] for c in columns), name, number) for number, row in enumerate(data, 1))
@@ -268,9 +268,9 @@ class TextDataModule(LightningDataModule):
         datasets = require("datasets", "TextDataModule(streaming=True)")
         column: str | int = self.sentence_column
         if _is_dataset(self.sentences):
-            rows = _load_dataset(str(self.sentences), self.splits[0], "sentences", streaming=True)
+            rows = load_dataset(str(self.sentences), self.splits[0], "sentences", streaming=True)
             if rows.column_names is not None:
-                _check_columns(rows.column_names, [column], f"sentences={self.sentences!r}", "sentence_column")
+                check_columns(rows.column_names, [column], f"sentences={self.sentences!r}", "sentence_column")
         else:
             # Our reader rather than the builders of `datasets`: the same columns, encodings and errors as in memory.
             options = {"files": find_files(self.sentences), "column": column, "encoding": self.encoding}
@@ -379,37 +379,4 @@ def _is_dataset(source: str | Sequence[str]) -> bool:
     """Tell a Hugging Face data set (a directory or an id on the Hub) from files, by its name where nothing exists."""
     if not isinstance(source, str) or Path(source).expanduser().is_file():
         return False
-    looks_like_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) and not source.lower().endswith(SUFFIXES)
-    return Path(source).expanduser().is_dir() or bool(looks_like_id)
-
-
-def _load_dataset(source: str, split: str, argument: str, *, streaming: bool) -> Any:
-    """Load one split: a ``datasets.Dataset``, or an ``IterableDataset`` if ``streaming``."""
-    datasets = require("datasets", f"{argument}={source!r}")
-    folder = Path(source).expanduser()
-    try:
-        if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
-            data = datasets.load_from_disk(str(folder))
-        else:
-            data = datasets.load_dataset(str(folder) if folder.is_dir() else source, streaming=streaming)
-    except OSError as error:
-        if folder.is_dir():
-            raise
-        raise FileNotFoundError(
-            f"{argument}={source!r} is no local file or directory, and as a data set of the Hugging Face Hub it is "
-            "neither in the cache nor can be fetched (offline, misspelt, or private). Give a path that exists, or "
-            f"download it first where there is a network: hf download --repo-type dataset {source}"
-        ) from error
-    if isinstance(data, dict):
-        if split not in data:
-            raise ValueError(f"{argument}={source!r} has no split {split!r}, only {list(data)}; choose with splits=")
-        data = data[split]
-    # Shards are what workers and processes share; a saved data set is one file, so it is cut here.
-    return data.to_iterable_dataset(min(len(data), 64)) if streaming and isinstance(data, datasets.Dataset) else data
-
-
-def _check_columns(found: Sequence[str], columns: Sequence[str | int], source: str, argument: str) -> None:
-    if missing := [column for column in columns if column not in found]:
-        raise ValueError(
-            f"{source} has no column {missing[0]!r}; it has {list(found)}. Name columns of these in {argument}"
-        )
+    return Path(source).expanduser().is_dir() or looks_like_hub_id(source, SUFFIXES)

@@ -1,12 +1,20 @@
 import functools
 import re
+import warnings
+from collections import Counter
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from heliostat.datamodules.loading import GlobalBatchSampler, ResumableLoader, StreamLoader, local_batch_size
+from heliostat.datamodules.loading import (
+    ClassBatchSampler,
+    GlobalBatchSampler,
+    ResumableLoader,
+    StreamLoader,
+    local_batch_size,
+)
 
 ROWS, BATCH = 23, 4  # 5 batches and a rest of 3
 
@@ -54,6 +62,83 @@ class TestGlobalBatchSampler:
             GlobalBatchSampler(range(ROWS), 24)
         with pytest.raises(ValueError, match="got 0"):
             local_batch_size(0, 1)
+
+    def test_keys_belong_to_the_place(self):
+        def draws(epoch=0, seed=7, **kwargs):
+            sampler = GlobalBatchSampler(range(ROWS), BATCH, seed=seed, keyed=True, **kwargs)
+            sampler.set_epoch(epoch)
+            return batches(sampler)
+
+        one = draws()
+        plain = GlobalBatchSampler(range(ROWS), BATCH, seed=7)
+        assert [row for batch in one for row, _ in batch] == list(plain)
+        ranks = [draws(num_replicas=2, rank=rank) for rank in range(2)]
+        assert [first + second for first, second in zip(*ranks, strict=True)] == one
+        keys = [{key for batch in draws(e, s) for _, key in batch} for e, s in ((0, 7), (1, 7), (0, 8))]
+        assert len(set.union(*keys)) == 3 * 20
+
+
+class TestClassBatchSampler:
+    LABELS = tuple(label for label, rows in enumerate([9, 4, 4, 30, 5, 7, 4]) for _ in range(rows))  # 63 rows
+
+    def sampler(self, labels=LABELS, batch_size=12, samples_per_class=4, epoch=0, **kwargs):
+        sampler = ClassBatchSampler(labels, batch_size, samples_per_class, **kwargs)
+        sampler.set_epoch(epoch)
+        return sampler
+
+    @pytest.mark.parametrize("epoch", [0, 1])
+    def test_composition(self, epoch):
+        sampler = self.sampler(epoch=epoch)
+        epoch_batches = batches(sampler)
+        assert len(epoch_batches) == 63 // 12
+        for batch in epoch_batches:
+            classes = [self.LABELS[row] for row in batch]
+            assert sorted(Counter(classes).values()) == [4, 4, 4]
+            assert all(len(set(classes[i : i + 4])) == 1 for i in (0, 4, 8))  # a class stands together
+            assert len(set(batch)) == 12
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_classes_and_rows_come_equally_often(self, seed):
+        labels = self.LABELS * 4  # 21 batches of 3 classes: nine times each
+        rows = list(self.sampler(labels, seed=seed))
+        by_class = Counter(labels[row] for row in rows)
+        assert set(by_class.values()) == {36}
+        by_row = Counter(rows)
+        for label in range(7):
+            counts = [by_row[row] for row in range(len(labels)) if labels[row] == label]
+            assert max(counts) - min(counts) <= 1
+
+    def test_depends_on_seed_and_epoch_alone(self):
+        orders = [list(self.sampler(seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)]
+        assert len(set(map(tuple, orders))) == 9
+        torch.manual_seed(5)
+        assert list(self.sampler(seed=1, epoch=2)) == orders[5]
+
+    @pytest.mark.parametrize("world_size", [2, 3])
+    def test_slices_of_the_ranks_are_the_batches_of_one_process(self, world_size):
+        ranks = [batches(self.sampler(num_replicas=world_size, rank=rank)) for rank in range(world_size)]
+        together = [[row for part in parts for row in part] for parts in zip(*ranks, strict=True)]
+        assert together == batches(self.sampler())
+
+    def test_classes_with_few_rows_repeat_them(self):
+        labels = [0] * 9 + [1] * 3 + [2] + [3] * 9
+        with pytest.warns(UserWarning, match=r"2 of 4 classes have fewer .*=4 rows \(1 of them a single one\)"):
+            sampler = self.sampler(labels, 16, 4)
+        (batch,) = batches(sampler)
+        counts = Counter(batch)
+        assert counts[12] == 4
+        assert sorted(counts[row] for row in (9, 10, 11)) == [1, 1, 2]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.sampler()
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="batch_size=10 must be a multiple of samples_per_class=4"):
+            self.sampler(batch_size=10)
+        with pytest.raises(ValueError, match="makes batches of 8 classes, and there are only 7"):
+            self.sampler(batch_size=32)
+        with pytest.raises(ValueError, match=r"multiple of their number \(5\), got 12"):
+            self.sampler(num_replicas=5)
 
 
 class Numbers(IterableDataset):
