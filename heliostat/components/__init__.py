@@ -28,7 +28,6 @@ _EXPORTS = {
     "group_whiten": "group_whitening",
     "group_whiten_views": "group_whitening",
     "mahalanobis_sq": "gaussians",
-    "map_at_r": "retrieval",
     "margin_logits": "unpg",
     "multi_similarity_loss": "multi_similarity",
     "multi_similarity_mine": "multi_similarity",
@@ -36,7 +35,7 @@ _EXPORTS = {
     "pair_loss": "pair_weighting",
     "pair_weights": "pair_weighting",
     "pool_tokens": "pooling",
-    "recall_at_k": "retrieval",
+    "retrieval_metrics": "retrieval",
     "unified_negatives": "unpg",
     "uniformity": "embedding_geometry",
     "unpg_loss": "unpg",
@@ -48,15 +47,15 @@ __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
 if TYPE_CHECKING:
     from heliostat.components.cafa import class_aware_alignment_loss as class_aware_alignment_loss
     from heliostat.components.chunking import chunked_forward as chunked_forward
-    from heliostat.components.gaussians import ClassGaussians as ClassGaussians
-    from heliostat.components.gaussians import class_gaussians as class_gaussians
-    from heliostat.components.gaussians import mahalanobis_sq as mahalanobis_sq
     from heliostat.components.corruptions import CORRUPTIONS as CORRUPTIONS
     from heliostat.components.corruptions import corrupt as corrupt
     from heliostat.components.cross_batch_memory import CrossBatchMemory as CrossBatchMemory
     from heliostat.components.distributed import gather_rows as gather_rows
     from heliostat.components.embedding_geometry import alignment as alignment
     from heliostat.components.embedding_geometry import uniformity as uniformity
+    from heliostat.components.gaussians import ClassGaussians as ClassGaussians
+    from heliostat.components.gaussians import class_gaussians as class_gaussians
+    from heliostat.components.gaussians import mahalanobis_sq as mahalanobis_sq
     from heliostat.components.group_whitening import GroupWhitening as GroupWhitening
     from heliostat.components.group_whitening import ShuffledGroupWhitening as ShuffledGroupWhitening
     from heliostat.components.group_whitening import WhiteningTransform as WhiteningTransform
@@ -69,9 +68,8 @@ if TYPE_CHECKING:
     from heliostat.components.pair_weighting import pair_loss as pair_loss
     from heliostat.components.pair_weighting import pair_weights as pair_weights
     from heliostat.components.pooling import pool_tokens as pool_tokens
-    from heliostat.components.retrieval import map_at_r as map_at_r
     from heliostat.components.retrieval import nearest_neighbors as nearest_neighbors
-    from heliostat.components.retrieval import recall_at_k as recall_at_k
+    from heliostat.components.retrieval import retrieval_metrics as retrieval_metrics
     from heliostat.components.small_convnet import SmallConvNet as SmallConvNet
     from heliostat.components.test_time_adaptation import TestTimeAdapter as TestTimeAdapter
     from heliostat.components.test_time_adaptation import (

@@ -108,18 +108,6 @@ def retrieval_metrics(
     return RetrievalMetrics(dict(zip(k, recalls, strict=True)), map_at_r, num_queries)
 
 
-def recall_at_k(
-    embeddings: Tensor, labels: Tensor, k: Sequence[int] = (1, 5, 10), *, block_size: int = 1024
-) -> dict[int, Tensor]:
-    """Recall@k, by k, of a set that is searched in itself: see `retrieval_metrics`, which adds MAP@R at no cost."""
-    return retrieval_metrics(embeddings, labels, k, block_size=block_size).recall_at
-
-
-def map_at_r(embeddings: Tensor, labels: Tensor, *, block_size: int = 1024) -> Tensor:
-    """MAP@R of a set that is searched in itself, a scalar: see `retrieval_metrics`."""
-    return retrieval_metrics(embeddings, labels, (1,), block_size=block_size).map_at_r
-
-
 def _ranked(
     queries: Tensor, references: Tensor | None, k: int, block_size: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -187,9 +187,9 @@ class UNPGHead(nn.Module):
     """ArcFace or CosFace head with its class centres and `unpg_loss`: a loss of embeddings and labels.
 
     After a training step ``diagnostics`` holds what is worth logging, of all processes' rows: ``kept_fraction``,
-    ``q1``, ``q3``, ``max_kept`` and ``max_removed``, see `NegativeStatistics` (NaN where nothing was removed, or no two
-    samples differ in class). A ``max_removed`` close to 1 is label noise or duplicates; one not far above ``max_kept``
-    means that the whiskers cut away hard negatives: raise ``whisker``.
+    ``q1``, ``q3``, ``max_kept`` and ``max_removed``, see `NegativeStatistics`, but ``max_removed`` is -1 where nothing
+    was removed, so that a mean over steps stays a number. A ``max_removed`` close to 1 is label noise or duplicates;
+    one not far above ``max_kept`` means that the whiskers cut away hard negatives: raise ``whisker``.
 
     Args:
         in_features: Dimension d of the embeddings.
@@ -244,7 +244,7 @@ class UNPGHead(nn.Module):
                     "q1": info.q1,
                     "q3": info.q3,
                     "max_kept": info.max_kept,
-                    "max_removed": info.max_removed,
+                    "max_removed": info.max_removed.nan_to_num(nan=-1.0),
                 }
             return _cross_entropy(logits, labels, self.scale, auxiliary).mean()
 

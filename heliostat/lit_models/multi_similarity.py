@@ -25,6 +25,7 @@ from heliostat.components.retrieval import retrieval_metrics
 from heliostat.lit_models._evaluation import gather_once
 from heliostat.lit_models._hparams import save_plain_hyperparameters
 from heliostat.lit_models._optimization import Schedule, configure_optimizers
+from heliostat.lit_models._timm import has_weights, timm_network
 
 
 class MetricLearning(LightningModule):
@@ -77,7 +78,12 @@ class MetricLearning(LightningModule):
         if not recall_at or min(recall_at) < 1:
             raise ValueError(f"recall_at must hold depths >= 1, got {list(recall_at)}")
         if isinstance(network, str):
-            network = _timm_network(network, pretrained, embedding_dim, in_channels)
+            if embedding_dim is None and not has_weights(network):
+                raise ValueError(
+                    f"network={network!r} ends in a classifier: give embedding_dim, such as the paper's 512, and it "
+                    "ends in a linear layer of that many outputs instead"
+                )
+            network = timm_network(network, pretrained=pretrained, num_classes=embedding_dim, in_channels=in_channels)
         elif embedding_dim is not None or pretrained or in_channels is not None:
             raise ValueError(
                 "embedding_dim, pretrained and in_channels build a network given by name; "
@@ -168,23 +174,6 @@ class MetricLearning(LightningModule):
         else:
             safetensors = require("safetensors.torch", "save_pretrained")
             safetensors.save_model(self.network, str(directory / "model.safetensors"))
-
-
-def _timm_network(name: str, pretrained: bool, embedding_dim: int | None, in_channels: int | None) -> nn.Module:
-    timm = require("timm", f"The network {name!r}")
-    has_source = name.startswith(("local-dir:", "hf-hub:"))
-    if not has_source and not timm.is_model(name):
-        raise ValueError(
-            f"network={name!r} is no model of timm {timm.__version__}: timm.list_models('*{name[:6]}*') lists those of "
-            "a like name; your own are written local-dir:PATH, those of the Hub hf-hub:ID"
-        )
-    if embedding_dim is None and not has_source:
-        raise ValueError(
-            f"network={name!r} ends in a classifier: give embedding_dim, such as the paper's 512, and it ends in a "
-            "linear layer of that many outputs instead"
-        )
-    arguments: dict[str, Any] = {"num_classes": embedding_dim, "in_chans": in_channels}  # timm passes over None
-    return timm.create_model(name, pretrained=pretrained or has_source, **arguments)
 
 
 def _input_channels(network: Any) -> int | None:

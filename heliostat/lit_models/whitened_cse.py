@@ -17,10 +17,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.functional.regression import spearman_corrcoef
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from heliostat.components.chunking import chunked_forward
-from heliostat.components.distributed import default_group
 from heliostat.components.embedding_geometry import alignment, uniformity
 from heliostat.components.group_whitening import WhiteningMethod
 from heliostat.components.pooling import Pooling, pool_tokens
@@ -30,6 +28,7 @@ from heliostat.components.whitened_cse import (
     WhitenedInfoNCELoss,
     bert_linear,
 )
+from heliostat.lit_models._evaluation import gather_once
 from heliostat.lit_models._hparams import save_plain_hyperparameters
 from heliostat.lit_models._optimization import Schedule, configure_optimizers
 from heliostat.pretrained import load_text_encoder, load_tokenizer
@@ -177,14 +176,9 @@ class WhitenedCSE(LightningModule):
         return self(**batch)
 
     def _log_pair_metrics(self, stage: str) -> None:
-        index, score, first, second = (torch.cat(parts) for parts in zip(*self._pairs, strict=True))
+        score, first, second = gather_once(*(torch.cat(parts) for parts in zip(*self._pairs, strict=True)))
+        first, second = first.float(), second.float()
         self._pairs.clear()
-        if default_group() is not None:
-            index, score, first, second = (torch.cat(gather_all_tensors(t)) for t in (index, score, first, second))
-        # A distributed sampler repeats pairs to give every process as many: count each pair once, in its order.
-        order = index.argsort(stable=True)
-        order = order[torch.cat([order.new_ones(1, dtype=torch.bool), index[order].diff() != 0])]
-        score, first, second = score[order], first[order].float(), second[order].float()
         metrics = {
             "spearman": spearman_corrcoef(F.cosine_similarity(first, second), score),
             "uniformity": uniformity(torch.cat([first, second])),
