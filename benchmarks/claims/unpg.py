@@ -68,6 +68,6 @@ CLAIM = Claim(
         f"decay (of 1e-3, 3e-3 and 1e-2 the best on validation characters for both, one seed), scale "
         f"{SETTINGS['scale']:g}, margin {SETTINGS['margin']}. Metrics are those of all test pictures among themselves "
         "after the last step; no checkpoint is selected. Wrong labels: a tenth of the training pictures. Few training "
-        "classes: 19, and the test characters are others too, so compare within the group."
+        "classes: 18, and the test characters are others too, so compare within the group."
     ),
 )
