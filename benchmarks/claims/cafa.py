@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.claims import Claim, Metric
 from heliostat import CAFA, LabelledImageDataModule, StepSeed
-from heliostat.components import CORRUPTIONS, ClassGaussians, SmallConvNet, class_gaussians
+from heliostat.components import CORRUPTIONS, ClassGaussians, SmallConvNet, fit_class_gaussians
 
 SEVERITY = 3
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -49,8 +49,7 @@ def pictures(data: Path | None, seed: int) -> LabelledImageDataModule:
 @lru_cache(maxsize=1)
 def source(seed: int, data: Path | None) -> tuple[nn.Module, ClassGaussians]:
     """Train the source model, and take the statistics of its features over the training pictures."""
-    pl_logging = logging.getLogger("lightning.pytorch")
-    pl_logging.setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(seed)
     images = pictures(data, seed)
     module = CAFA(
@@ -59,14 +58,7 @@ def source(seed: int, data: Path | None) -> tuple[nn.Module, ClassGaussians]:
         optimizer=lambda params: torch.optim.Adam(params, lr=3e-3),
     )
     Trainer(max_epochs=15, callbacks=[StepSeed()], **QUIET).fit(module, images)
-    network = module.network.eval()
-    features, labels = [], []
-    with torch.no_grad():
-        for batch in images.train_dataloader():
-            maps = network.forward_features(batch["pixel_values"])  # type: ignore[operator]
-            features.append(network.forward_head(maps, pre_logits=True))  # type: ignore[operator]
-            labels.append(batch["labels"])
-    return network, class_gaussians(torch.cat(features), torch.cat(labels), images.num_classes)
+    return module.network, fit_class_gaussians(module.network, images.train_dataloader())
 
 
 def arm(method: Any, lr: float = 1e-3, **settings: Any) -> Any:

@@ -24,6 +24,7 @@ _EXPORTS = {
     "class_gaussians": "gaussians",
     "configure_batchnorm_adaptation": "test_time_adaptation",
     "corrupt": "corruptions",
+    "fit_class_gaussians": "source_statistics",
     "gather_rows": "distributed",
     "group_whiten": "group_whitening",
     "group_whiten_views": "group_whitening",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from heliostat.components.retrieval import nearest_neighbors as nearest_neighbors
     from heliostat.components.retrieval import retrieval_metrics as retrieval_metrics
     from heliostat.components.small_convnet import SmallConvNet as SmallConvNet
+    from heliostat.components.source_statistics import fit_class_gaussians as fit_class_gaussians
     from heliostat.components.test_time_adaptation import TestTimeAdapter as TestTimeAdapter
     from heliostat.components.test_time_adaptation import (
         configure_batchnorm_adaptation as configure_batchnorm_adaptation,
