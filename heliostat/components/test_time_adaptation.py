@@ -107,7 +107,7 @@ def _global_batch_norm(
     return y.view(channels_last.shape).movedim(-1, 1).to(x.dtype)
 
 
-def _find_head(model: nn.Module, head: str | nn.Module | None) -> str:
+def find_head(model: nn.Module, head: str | nn.Module | None) -> str:
     """Name of the classification head within the model."""
     if isinstance(head, str):
         try:
@@ -222,7 +222,7 @@ class TestTimeAdapter(nn.Module):
         self.gaussians: ClassGaussians | None = None
         self._head: str | None = None
         if method == "cafa" and gaussians is not None:
-            self._head = _find_head(model, head)
+            self._head = find_head(model, head)
             self._set_gaussians(gaussians)
         self._adapted: dict[str, nn.Parameter] = {}
         self._running_statistics: dict[str, tuple[Tensor, Tensor]] = {}
