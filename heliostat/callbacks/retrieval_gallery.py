@@ -244,8 +244,8 @@ def _show(axes: Any, picture: Tensor, left: float, bottom: float, frame: str, li
     """Draw a picture ``(C, H, W)``, from its own darkest to its own brightest value, into a square of side 0.9."""
     picture = picture - picture.min()
     picture = picture / picture.max().clamp_min(1e-12)
-    _, height, width = picture.shape
-    height, width = (0.9 * side / max(height, width) for side in (height, width))
+    rows, columns = picture.shape[1:]
+    height, width = (0.9 * side / max(rows, columns) for side in (rows, columns))
     left, bottom = left + (0.9 - width) / 2, bottom + (0.9 - height) / 2
     pixels = picture.permute(1, 2, 0) if len(picture) == 3 else picture.mean(0)
     extent = (left, left + width, bottom, bottom + height)

@@ -107,8 +107,9 @@ def multi_similarity_loss(
             normalize=normalize,
             process_group=process_group,
         )
-        kept = None if ignore_label is None else labels.ne(ignore_label)
-        if kept is not None:
+        kept: Tensor | None = None
+        if ignore_label is not None:
+            kept = labels.ne(ignore_label)
             refs = _without(refs, kept, refs.ref_labels.ne(ignore_label))
         if block_size is None:
             elements = _BLOCK_ELEMENTS.get(embeddings.device.type, 2**25)

@@ -110,7 +110,5 @@ def _run(rank: int, batches: list[dict[str, Tensor]], world: int) -> tuple[list[
 def test_wrong_settings() -> None:
     with pytest.raises(ValueError, match="size and embedding_dim must be >= 1 and warmup >= 0, got 0, 6 and 0"):
         memory(size=0)
-    with pytest.raises(
-        ValueError, match=r"embeddings must have shape \(N, 6\), .* got \(4, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"embeddings must have shape \(N, 6\), .* got \(4, 3\)"):
         memory()(torch.zeros(4, 3), torch.arange(4))
