@@ -83,8 +83,8 @@ def arm(method: Any, lr: float = 1e-3, **settings: Any) -> Any:
         module.source_gaussians = gaussians
         metrics = Trainer(**QUIET).test(module, streams(data), verbose=False)
         merged = {name: value for part in metrics for name, value in part.items()}
-        streams = [merged[f"test/{method}/{name}"] for name in CORRUPTIONS]
-        return {"accuracy": sum(streams) / len(streams), "worst": min(streams)}
+        accuracies = [merged[f"test/{method}/{name}"] for name in CORRUPTIONS]
+        return {"accuracy": sum(accuracies) / len(accuracies), "worst": min(accuracies)}
 
     return run
 
