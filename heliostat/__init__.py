@@ -21,12 +21,16 @@ _EXPORTS = {
     "RetrievalGallery": "callbacks.retrieval_gallery",
     "SourceStatistics": "callbacks.source_statistics",
     "AdaptationReport": "callbacks.adaptation_report",
+    "AlignGuard": "callbacks.align_guard",
+    "AlignmentRecovery": "callbacks.alignment_recovery",
 }
 __all__ = ["__version__", *_EXPORTS]
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
     from heliostat.callbacks.adaptation_report import AdaptationReport as AdaptationReport
+    from heliostat.callbacks.align_guard import AlignGuard as AlignGuard
+    from heliostat.callbacks.alignment_recovery import AlignmentRecovery as AlignmentRecovery
     from heliostat.callbacks.export_best import ExportBest as ExportBest
     from heliostat.callbacks.metric_curves import MetricCurves as MetricCurves
     from heliostat.callbacks.retrieval_gallery import RetrievalGallery as RetrievalGallery

@@ -8,9 +8,14 @@ _EXPORTS = {
     "CORRUPTIONS": "corruptions",
     "ClassGaussians": "gaussians",
     "CrossBatchMemory": "cross_batch_memory",
+    "DenseFisher": "alignguard_lora",
+    "DiagonalFisher": "alignguard_lora",
     "GroupWhitening": "group_whitening",
+    "KroneckerFisher": "alignguard_lora",
     "MultiSimilarityLoss": "multi_similarity",
     "PairLoss": "pair_weighting",
+    "RecoveryResult": "alignment_recovery",
+    "RestorationLog": "alignment_recovery",
     "ShuffledGroupWhitening": "group_whitening",
     "ShuffledGroupWhiteningHead": "whitened_cse",
     "SmallConvNet": "small_convnet",
@@ -24,28 +29,57 @@ _EXPORTS = {
     "class_gaussians": "gaussians",
     "configure_batchnorm_adaptation": "test_time_adaptation",
     "corrupt": "corruptions",
+    "eligible_parameters": "alignment_recovery",
+    "estimate_kronecker_fisher": "alignguard_lora",
     "fit_class_gaussians": "source_statistics",
     "gather_rows": "distributed",
+    "geodesic_overlap": "alignguard_lora",
     "group_whiten": "group_whitening",
     "group_whiten_views": "group_whitening",
+    "lora_fisher_penalty": "alignguard_lora",
     "mahalanobis_sq": "gaussians",
     "margin_logits": "unpg",
+    "mean_representation": "alignment_recovery",
     "multi_similarity_loss": "multi_similarity",
     "multi_similarity_mine": "multi_similarity",
     "nearest_neighbors": "retrieval",
+    "normalize_fisher": "alignguard_lora",
     "pair_loss": "pair_weighting",
     "pair_weights": "pair_weighting",
     "pool_tokens": "pooling",
+    "recover_alignment": "alignment_recovery",
+    "restore_": "alignment_recovery",
     "retrieval_metrics": "retrieval",
+    "riemannian_overlap": "alignguard_lora",
+    "select_top_gradients": "alignment_recovery",
+    "sign_agreement_mask": "alignment_recovery",
     "unified_negatives": "unpg",
     "uniformity": "embedding_geometry",
     "unpg_loss": "unpg",
+    "weight_fisher_penalty": "alignguard_lora",
     "whitened_infonce_loss": "whitened_cse",
 }
 __all__ = [*_EXPORTS]
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
+    from heliostat.components.alignguard_lora import DenseFisher as DenseFisher
+    from heliostat.components.alignguard_lora import DiagonalFisher as DiagonalFisher
+    from heliostat.components.alignguard_lora import KroneckerFisher as KroneckerFisher
+    from heliostat.components.alignguard_lora import estimate_kronecker_fisher as estimate_kronecker_fisher
+    from heliostat.components.alignguard_lora import geodesic_overlap as geodesic_overlap
+    from heliostat.components.alignguard_lora import lora_fisher_penalty as lora_fisher_penalty
+    from heliostat.components.alignguard_lora import normalize_fisher as normalize_fisher
+    from heliostat.components.alignguard_lora import riemannian_overlap as riemannian_overlap
+    from heliostat.components.alignguard_lora import weight_fisher_penalty as weight_fisher_penalty
+    from heliostat.components.alignment_recovery import RecoveryResult as RecoveryResult
+    from heliostat.components.alignment_recovery import RestorationLog as RestorationLog
+    from heliostat.components.alignment_recovery import eligible_parameters as eligible_parameters
+    from heliostat.components.alignment_recovery import mean_representation as mean_representation
+    from heliostat.components.alignment_recovery import recover_alignment as recover_alignment
+    from heliostat.components.alignment_recovery import restore_ as restore_
+    from heliostat.components.alignment_recovery import select_top_gradients as select_top_gradients
+    from heliostat.components.alignment_recovery import sign_agreement_mask as sign_agreement_mask
     from heliostat.components.cafa import class_aware_alignment_loss as class_aware_alignment_loss
     from heliostat.components.chunking import chunked_forward as chunked_forward
     from heliostat.components.corruptions import CORRUPTIONS as CORRUPTIONS
