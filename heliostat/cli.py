@@ -17,7 +17,7 @@ from typing import NoReturn
 import heliostat
 
 _RUN = ("fit", "validate", "test", "predict")
-_COMMANDS = (*_RUN, "ls", "cp")
+_COMMANDS = (*_RUN, "ls", "cp", "recover")
 _HELP = """\
 usage: heliostat COMMAND ...
 
@@ -32,6 +32,9 @@ Run a recipe, or a YAML file of your own:
 Recipes:
   ls         list the recipes
   cp         copy a recipe, to edit it: heliostat cp NAME [DEST] [--force]
+
+Saved models:
+  recover    restore the alignment of a fine-tuned language model: heliostat recover --help
 
 Options:
   --version  print the version
@@ -57,6 +60,8 @@ def main() -> int | None:
         _list()
     elif command == "cp":
         _copy(args)
+    elif command == "recover":
+        _recover(args)
     elif command in _RUN:
         # DDP starts its other processes from sys.argv, perhaps in another folder: what was resolved has to stand there.
         sys.argv[1:] = [command, *_resolve(args)]
@@ -141,6 +146,35 @@ def _copy(args: list[str]) -> None:
         _fail(f"folder {dest.parent} does not exist. Create it, or name another DEST.")
     shutil.copyfile(source, dest)
     print(f"copied to {dest}; run it with: heliostat fit --config {dest}")
+
+
+def _recover(args: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="heliostat recover",
+        description="Put the few weights of a fine-tuned language model back that restore its alignment.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory of the fine-tuned model or LoRA adapter")
+    parser.add_argument("--aligned", required=True, metavar="DIR", help="directory of the aligned model")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write, new or empty")
+    parser.add_argument("--harmful", required=True, metavar="FILE", help=".jsonl with prompt, or a prompt a line")
+    parser.add_argument("--task", required=True, metavar="FILE", help=".jsonl with prompt and answer")
+    parser.add_argument("--layer_end", type=int, help="blocks that are looked at; default: two thirds")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--recovery_rate", type=float, default=0.002, help="share of the weights restored in a step")
+    parser.add_argument("--metric_drop", type=float, default=0.05, help="share of the task score that may be lost")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_length", type=int, default=512)
+    options = vars(parser.parse_args(args))
+    names = [options.pop(name) for name in ("checkpoint", "aligned", "output", "harmful", "task")]
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from heliostat.callbacks.alignment_recovery import recover_checkpoint
+
+    try:
+        recover_checkpoint(*names, **options)
+    except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
+        _fail(str(error))
+    print(f"recovered model: {names[2]}")
 
 
 def _no_recipe(kind: str, name: str) -> str:

@@ -162,7 +162,8 @@ def only_run(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["--version"], ["ls"], ["cp", "--help"], ["fitt"], ["fit", "--config", "x"]]
+    "args",
+    [["--help"], ["--version"], ["ls"], ["cp", "--help"], ["recover", "--help"], ["fitt"], ["fit", "--config=x"]],
 )
 def test_front_door_imports_no_torch(args: list[str], tmp_path: Path) -> None:
     script = f"""

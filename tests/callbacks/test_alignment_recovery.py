@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from heliostat import cli
 from heliostat.callbacks.alignment_recovery import AlignmentRecovery, recover_checkpoint
 from tests.harness import ProcessPool, quiet_trainer, weights, word_tokenizer
 
@@ -599,3 +601,27 @@ def test_checkpoint_is_scored_by_the_answers_tokens(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             recover_checkpoint(tmp_path / "model", tmp_path / "model", tmp_path / "new", ["w1"], wrong)
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("aligned")
+    word_tokenizer([f"w{i}" for i in range(27)]).save_pretrained("aligned")
+    tuned = tiny_llama()
+    with torch.no_grad():
+        for parameter in tuned.model.layers.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    tuned.save_pretrained("tuned")
+    Path("flagged.txt").write_text("w1 w2 w3\nw4 w5\n")
+    Path("task.jsonl").write_text(json.dumps({"prompt": "w7 w8", "answer": "w9"}) + "\n")
+    command = ["heliostat", "recover", "tuned", "--aligned", "aligned", "--harmful", "flagged.txt"]
+    command += ["--task", "task.jsonl", "--batch_size", "2", "--steps", "2", "--metric_drop", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", "out"])
+    assert cli.main() is None
+    assert "recovered model: out" in capsys.readouterr().out
+    assert Path("out/alignment_recovery.json").is_file()
+    transformers.AutoModelForCausalLM.from_pretrained("out")
+    monkeypatch.setattr(sys, "argv", [*command, "--output", "out"])
+    with pytest.raises(SystemExit):  # not a second time into the same directory
+        cli.main()
+    assert "error: output out exists" in capsys.readouterr().err
