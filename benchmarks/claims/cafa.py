@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from benchmarks.claims import Claim, Metric
 from heliostat import CAFA, LabelledImageDataModule, StepSeed
@@ -62,11 +63,11 @@ def source(seed: int, data: Path | None) -> tuple[nn.Module, ClassGaussians]:
 
 
 @lru_cache(maxsize=1)
-def streams(data: Path | None) -> list[list[dict[str, Any]]]:
+def streams(data: Path | None) -> list[DataLoader]:
     """The batches of every corruption, the same for all seeds: making them costs more than adapting to them."""
     images = pictures(data, seed=0)
     images.setup("test")
-    return [list(loader) for loader in images.test_dataloader()]
+    return [DataLoader(list(loader), batch_size=None) for loader in images.test_dataloader()]  # type: ignore[arg-type]
 
 
 def arm(method: Any, lr: float = 1e-3, **settings: Any) -> Any:
