@@ -195,6 +195,10 @@ def main(argv: Sequence[str]) -> None:
         **frame.provenance(),
         "cases": {},
     }
+    stem = args.name
+    if device.type == "cuda":  # figures of several GPUs stand side by side
+        stem += "-" + re.sub(r"[^a-z0-9]+", "-", document["environment"]["device"].lower()).strip("-")
+    final = args.out / "speed" / f"{stem}.json"
     for title, case in speed.cases.items():
         torch.manual_seed(0)
         document["cases"][title] = measure(case, args.repeats, device)
@@ -205,12 +209,9 @@ def main(argv: Sequence[str]) -> None:
                 f"{_mib(record['peak_bytes']):>8} MiB",
                 flush=True,
             )
-    stem = args.name
-    if device.type == "cuda":  # figures of several GPUs stand side by side
-        stem += "-" + re.sub(r"[^a-z0-9]+", "-", document["environment"]["device"].lower()).strip("-")
-    final = args.out / "speed" / f"{stem}.json"
-    frame.write_json(final, document)
-    frame.write_text(final.with_suffix(".md"), markdown(stem, speed, document))
+        # After every case: what an interruption leaves are the finished ones.
+        frame.write_json(final, document)
+        frame.write_text(final.with_suffix(".md"), markdown(stem, speed, document))
     print("\n".join(["Ours is:", *verdicts(document["cases"])]))
     print(f"Written: {final} and {final.with_suffix('.md')}")
 
