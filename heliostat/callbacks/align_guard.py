@@ -61,9 +61,10 @@ class AlignGuard(Callback):
 
     Args:
         alignment_dataloader: Prompts with the aligned model's own answers, 64 to 1000 of them: a loader, a list of
-            batches, or the path of a .jsonl file whose lines have ``prompt`` (a text, or a list of chat messages) and
-            ``completion``. On several processes each gets all of it, and they share it out. A file makes batches of one
-            sample with ``input_ids``, ``attention_mask`` and ``labels`` (-100 on the prompt).
+            batches, the name of a method of the data module or the module that returns them, or the path of a .jsonl
+            file whose lines have ``prompt`` (a text, or a list of chat messages) and ``completion``. On several
+            processes each gets all of it, and they share it out. A file makes batches of one sample with
+            ``input_ids``, ``attention_mask`` and ``labels`` (-100 on the prompt).
         loss_fn: ``loss_fn(module, batch)``: one loss a sample, ``(B,)``, each the mean over the sample's own targets;
             or a scalar for batches of one. Default: the module's own ``training_step`` on one sample at a time, without
             its logging; for this the batches must be such as it trains on.
@@ -176,7 +177,9 @@ class AlignGuard(Callback):
         layers = _find_layers(pl_module, self.target_modules, may_be_missing=built_later)
         if layers:
             rank_zero_info(f"AlignGuard guards {len(layers)} layers")
-        self._batches = self._read()
+        source = self.alignment_dataloader
+        named = isinstance(source, str) and source.isidentifier()  # which the path of a .jsonl file is not
+        self._batches = self._read(_loader_named(trainer, pl_module, str(source)) if named else source)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate the Fisher information, unless a checkpoint or an earlier fit has brought it."""
@@ -201,9 +204,8 @@ class AlignGuard(Callback):
             self._estimate(trainer, pl_module, adapters=True)
             self._make_groups()
 
-    def _read(self) -> list[Any]:
+    def _read(self, source: Iterable[Any] | str | Path) -> list[Any]:
         """The first batches of the alignment data, the same ones on every process."""
-        source = self.alignment_dataloader
         batches: list[Any] = []
         with isolate_rng():
             # A shuffled loader is to give every process the same order.
@@ -661,6 +663,17 @@ def _adapters(module: nn.Module, enabled: bool) -> Iterator[None]:
         stack.callback(switch, True)
         switch(False)
         yield
+
+
+def _loader_named(trainer: Trainer, module: LightningModule, name: str) -> Iterable[Any]:
+    owners = (trainer.datamodule, module)  # type: ignore[attr-defined]
+    methods = [method for owner in owners if callable(method := getattr(owner, name, None))]
+    if not methods:
+        raise MisconfigurationException(
+            f"AlignGuard(alignment_dataloader={name!r}): neither the data module nor {type(module).__name__} has a "
+            "method of that name. Add it, or give the batches, or the path of a .jsonl file"
+        )
+    return methods[0]()
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

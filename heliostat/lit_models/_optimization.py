@@ -20,7 +20,7 @@ _DECAY: dict[str, Callable[[float], float]] = {  # part of training that is over
 
 
 def configure_optimizers(
-    module: LightningModule, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | Schedule
+    module: LightningModule, optimizer: OptimizerCallable, lr_scheduler: Schedule | LRSchedulerCallable
 ) -> OptimizerLRScheduler:
     """Build what ``LightningModule.configure_optimizers`` returns.
 

@@ -99,7 +99,7 @@ class CAFA(LightningModule):
         jitter: float = 1e-5,
         include_predicted_class: bool = True,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
-        lr_scheduler: LRSchedulerCallable | Schedule = "cosine",
+        lr_scheduler: Schedule | LRSchedulerCallable = "cosine",
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)

@@ -71,7 +71,7 @@ class MetricLearning(LightningModule):
         freeze_batchnorm: bool = False,
         recall_at: Sequence[int] = (1, 5, 10),
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=3e-5, weight_decay=5e-4),
-        lr_scheduler: LRSchedulerCallable | Schedule = "cosine",
+        lr_scheduler: Schedule | LRSchedulerCallable = "cosine",
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)

@@ -88,7 +88,7 @@ class WhitenedCSE(LightningModule):
         freeze: Sequence[str] = (),
         chunk_size: int | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0),
-        lr_scheduler: LRSchedulerCallable | Schedule = "linear",
+        lr_scheduler: Schedule | LRSchedulerCallable = "linear",
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)

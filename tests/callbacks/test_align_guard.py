@@ -399,7 +399,7 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     guard = AlignGuard(path, tokenizer=tokenizer)
-    first, second = guard._read()
+    first, second = guard._read(path)
     assert first["input_ids"].tolist() == [[2, 5, 6, 3, 8, 9, 3]]
     assert first["labels"].tolist() == [[-100, -100, -100, -100, 8, 9, 3]]
     assert second["input_ids"].tolist() == [[6, 7, 8, 3]]
@@ -408,11 +408,11 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
     assert guard.fisher
     path.write_text('{"prompt": "red"}\n')
     with pytest.raises(MisconfigurationException, match="prompts.jsonl, line 1: expected an object with prompt and"):
-        guard._read()
+        guard._read(path)
     with pytest.raises(MisconfigurationException, match="is text: give tokenizer"):
-        AlignGuard(path)._read()
+        AlignGuard(path)._read(path)
     with pytest.raises(MisconfigurationException, match="there is no file"):
-        AlignGuard(tmp_path / "other.jsonl", tokenizer=tokenizer)._read()
+        AlignGuard(path, tokenizer=tokenizer)._read(tmp_path / "other.jsonl")
 
 
 def test_batches_of_any_structure_divide_into_samples() -> None:
