@@ -23,6 +23,7 @@ _EXPORTS = {
     "AdaptationReport": "callbacks.adaptation_report",
     "AlignGuard": "callbacks.align_guard",
     "AlignmentRecovery": "callbacks.alignment_recovery",
+    "recover_checkpoint": "recovery",
 }
 __all__ = ["__version__", *_EXPORTS]
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
@@ -41,3 +42,4 @@ if TYPE_CHECKING:
     from heliostat.lit_models.cafa import CAFA as CAFA
     from heliostat.lit_models.multi_similarity import MetricLearning as MetricLearning
     from heliostat.lit_models.whitened_cse import WhitenedCSE as WhitenedCSE
+    from heliostat.recovery import recover_checkpoint as recover_checkpoint

@@ -168,7 +168,7 @@ def _recover(args: list[str]) -> None:
     names = [options.pop(name) for name in ("checkpoint", "aligned", "output", "harmful", "task")]
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from heliostat.callbacks.alignment_recovery import recover_checkpoint
+    from heliostat.recovery import recover_checkpoint
 
     try:
         recover_checkpoint(*names, **options)

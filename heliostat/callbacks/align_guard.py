@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.data import DistributedSampler
 
+from heliostat.callbacks._loaders import named_loader
 from heliostat.components.alignguard_lora import (
     FisherEnergies,
     KroneckerFisher,
@@ -179,7 +180,9 @@ class AlignGuard(Callback):
             rank_zero_info(f"AlignGuard guards {len(layers)} layers")
         source = self.alignment_dataloader
         named = isinstance(source, str) and source.isidentifier()  # which the path of a .jsonl file is not
-        self._batches = self._read(_loader_named(trainer, pl_module, str(source)) if named else source)
+        if named:
+            source = named_loader(trainer, pl_module, str(source), "AlignGuard(alignment_dataloader=...)")
+        self._batches = self._read(source)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate the Fisher information, unless a checkpoint or an earlier fit has brought it."""
@@ -663,17 +666,6 @@ def _adapters(module: nn.Module, enabled: bool) -> Iterator[None]:
         stack.callback(switch, True)
         switch(False)
         yield
-
-
-def _loader_named(trainer: Trainer, module: LightningModule, name: str) -> Iterable[Any]:
-    owners = (trainer.datamodule, module)  # type: ignore[attr-defined]
-    methods = [method for owner in owners if callable(method := getattr(owner, name, None))]
-    if not methods:
-        raise MisconfigurationException(
-            f"AlignGuard(alignment_dataloader={name!r}): neither the data module nor {type(module).__name__} has a "
-            "method of that name. Add it, or give the batches, or the path of a .jsonl file"
-        )
-    return methods[0]()
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

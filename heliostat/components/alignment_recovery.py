@@ -247,6 +247,7 @@ class RecoveryResult(NamedTuple):
     chosen_step: int  # 0: the fine-tuned weights as they were
     used_rollback: bool
     initial_score: float  # s_0, of the fine-tuned weights
+    initial_harmful_rate: float | None
     score_limit: float  # the worst that the task score may become
     warmup_score: float | None  # after the warm-up, if that was to decide whether to roll back
     log: RestorationLog
@@ -317,7 +318,7 @@ def recover_alignment(
         metric_drop: How much worse the score may become, relative to the fine-tuned model's; see `score_limit`.
         mode: ``"max"`` if a higher score is better, ``"min"`` if a lower one is.
         accumulate_gradients: Without rollback, add g up over the steps as the released code does; ``False``: fresh.
-        harmful_rate: Measured at every candidate for the history; decides nothing.
+        harmful_rate: Measured at the start and at every candidate; decides nothing.
 
     Returns:
         What was done, with the log that undoes it.
@@ -348,6 +349,7 @@ def recover_alignment(
         param.requires_grad_(True)
     try:
         initial = _measure(task_score, "task_score")
+        initial_rate = _measure(harmful_rate, "harmful_rate") if harmful_rate else None
         limit = score_limit(initial, metric_drop, mode)
         rolls, undecided, warmup_score = rollback is True, rollback == "auto", None
         task_direction = mean_representation(represent, task_batches) if rolls else None
@@ -406,7 +408,7 @@ def recover_alignment(
     finally:
         for name, param in params.items():
             param.requires_grad_(flags[name])
-    return RecoveryResult(history, chosen, rolls, initial, limit, warmup_score, log)
+    return RecoveryResult(history, chosen, rolls, initial, initial_rate, limit, warmup_score, log)
 
 
 def check_settings(

@@ -31,8 +31,8 @@ class ClassGaussians:
     """Number of samples, mean and covariance of C classes in D dimensions.
 
     Start from `class_gaussians` or `ClassGaussians.empty`, then `update` it with further batches. What is held are
-    three plain tensors: ``torch.save(gaussians.state_dict(), path)`` keeps it, ``ClassGaussians(**torch.load(path))``
-    brings it back.
+    three plain tensors: ``torch.save(gaussians.state_dict(), path)`` keeps it, and
+    ``ClassGaussians(**torch.load(path, weights_only=True))`` brings it back.
 
     Attributes:
         count: n_c, int64 ``(C,)``.

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from heliostat import cli
-from heliostat.callbacks.alignment_recovery import AlignmentRecovery, recover_checkpoint
+from heliostat import AlignmentRecovery, cli, recover_checkpoint
 from tests.harness import ProcessPool, quiet_trainer, weights, word_tokenizer
 
 transformers = pytest.importorskip("transformers")
