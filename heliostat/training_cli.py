@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -30,6 +30,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 import heliostat
 from heliostat.callbacks.step_seed import StepSeed
 from heliostat.cli import did_you_mean
+from heliostat.stages import Stage, split_stages
 
 T = TypeVar("T")
 
@@ -57,13 +58,23 @@ def run() -> None:
     """Run the command in ``sys.argv``: fit, validate, test or predict, with its options."""
     # Lightning 2.6 under torch 2.15, at every step of its own bookkeeping.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")
-    HeliostatCLI(
-        parser_class=_Parser,
-        parser_kwargs={"prog": "heliostat"},
-        seed_everything_default=42,  # a number: True would be another seed each time, and 1 == True is not printed
-        save_config_kwargs={"overwrite": True},  # an existing config.yaml has been moved out of the way
-        auto_configure_optimizers=False,
-    )
+    try:
+        stages = split_stages(sys.argv[1:])
+    except ValueError as error:
+        _exit(f"error: {error}", status=2)
+    if not stages:
+        HeliostatCLI()
+        return
+    # It is from within Python here; sys.argv stays the command that DDP starts its other processes with.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+    start, given = None, len(sys.argv)
+    for stage in stages:
+        _say(f"stage {stage.name}")
+        decided = sys.argv[given:]  # the directory of this run
+        cli = HeliostatCLI(stage._replace(args=[*stage.args, *decided]), start)
+        if cli.trainer.interrupted:
+            return
+        start = cli.model
 
 
 class _Parser(LightningArgumentParser):
@@ -83,9 +94,24 @@ class _Parser(LightningArgumentParser):
 
 
 class HeliostatCLI(LightningCLI):
-    """LightningCLI with a directory for every run, resume in that directory, and errors of a few lines."""
+    """LightningCLI with a directory for every run, resume in that directory, and errors of a few lines.
 
-    _refusal: Exception | None = None
+    Args:
+        stage: What to run instead of the command line as it is.
+        start: The module that the stage before has trained, whose weights this one starts from.
+    """
+
+    def __init__(self, stage: Stage | None = None, start: LightningModule | None = None) -> None:
+        self._stage, self._start = stage, start
+        self._refusal: Exception | None = None
+        super().__init__(
+            args=stage.args if stage else None,
+            parser_class=_Parser,
+            parser_kwargs={"prog": "heliostat"},
+            seed_everything_default=42,  # a number: True would be another seed each time, and 1 == True is not printed
+            save_config_kwargs={"overwrite": True},  # an existing config.yaml has been moved out of the way
+            auto_configure_optimizers=False,
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -100,6 +126,16 @@ class HeliostatCLI(LightningCLI):
             default=False,
             help="After fit, test the best checkpoint, or the last weights if no ModelCheckpoint has a monitor.",
         )
+        parser.add_argument(
+            "--stages",
+            type=dict[str, dict] | None,
+            help="In a file only: fit once for each entry, which changes the configuration, on the weights so far.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """What is saved is the configuration of this stage alone."""
+        if self._stage is not None:
+            self.config[self.config.subcommand].stages = None
 
     def after_fit(self) -> None:
         """Test, if the configuration asks for it and training came to its end."""
@@ -141,7 +177,7 @@ class HeliostatCLI(LightningCLI):
             _say(f"model.{name} is {saved.pop(name)!r} in the checkpoint; {class_path} has no such option any more")
         self._subcommand_parsers[command].set_defaults({"model": {"class_path": class_path, "init_args": saved}})
         try:
-            self.parse_arguments(self.parser, None)
+            self.parse_arguments(self.parser, self._stage.args if self._stage else None)
         except SystemExit:
             _exit(f"That is a hyper-parameter in {ckpt_path!r}, which this version cannot use.", status=2)
         dump = self._subcommand_parsers[command].dump(self.config[command], skip_none=False, format="yaml")
@@ -176,6 +212,21 @@ class HeliostatCLI(LightningCLI):
             if isinstance(reason, _USER_ERRORS):
                 _exit(f"error: {reason}\nHELIOSTAT_TRACEBACK=1 shows the traceback.", status=1)
             raise reason from None  # a bug: its traceback, without the report of jsonargparse after it
+        if self._start is not None:
+            self._take_over(self._start)
+
+    def _take_over(self, start: LightningModule) -> None:
+        """Start from the weights of the stage before."""
+        weights = start.state_dict()
+        try:
+            missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        except RuntimeError as error:  # shapes differ
+            _exit(f"error: the weights of the stage before do not fit: {error}", status=1)
+        if len(unexpected) == len(weights):
+            _exit("error: the model of this stage has no weight in common with that of the stage before", status=1)
+        for names, what in ((missing, "new in this stage"), (unexpected, "of the stage before, not used any more")):
+            if names:
+                _say(f"{len(names)} weights are {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; what our own code refuses, such as a missing file, becomes one line instead of a traceback."""
@@ -206,6 +257,8 @@ class HeliostatCLI(LightningCLI):
         if run_dir is None:
             run_dir = self._decide_run_dir()
             sys.argv.append(f"--trainer.default_root_dir={run_dir}")  # for the other processes that DDP will start
+        if self._stage is not None:
+            run_dir = str(Path(run_dir) / self._stage.name)
         if config.logger in (None, True) and not config.barebones:
             # It says that it will delete the earlier metrics.csv, which _keep_previous has moved.
             warnings.filterwarnings("ignore", message="Experiment logs directory")
@@ -216,7 +269,7 @@ class HeliostatCLI(LightningCLI):
             trainer = super().instantiate_trainer(default_root_dir=run_dir, **kwargs)
         except BaseException:
             with suppress(OSError):
-                Path(run_dir).rmdir()  # only if nothing is in it
+                Path(run_dir if self._stage is None else Path(run_dir).parent).rmdir()  # only if nothing is in it
             raise
         if _is_main_process():
             _keep_previous(Path(run_dir))
@@ -231,12 +284,13 @@ class HeliostatCLI(LightningCLI):
             checkpoints = Path(config.ckpt_path).resolve().parent
             if checkpoints.name == "checkpoints" and any(checkpoints.parent.glob("config*.yaml")):
                 config.ckpt_path = None  # for the saved config only: run anew, it shall not continue in here
-                return str(checkpoints.parent)
+                return str(checkpoints.parent if self._stage is None else checkpoints.parent.parent)
         name = "run"
-        if config.config:
-            path = Path(str(config.config[-1]))
+        if files := [file for file in config.config or () if file is not None]:  # None: the changes of a stage
+            path = Path(str(files[-1]))
             # The config.yaml that a run has saved belongs to what ran there.
-            name = path.resolve().parent.parent.name if _STAMPED.match(path.resolve().parent.name) else path.stem
+            run = next((folder for folder in path.resolve().parents[:2] if _STAMPED.match(folder.name)), None)
+            name = run.parent.name if run else path.stem
         stamp = datetime.now().strftime(_STAMP) + ("" if command == "fit" else f"-{command}")
         run_dir = Path.cwd() / "runs" / name / stamp
         # Under torchrun or SLURM every process comes by here: Lightning broadcasts the paths of the first one.

@@ -659,6 +659,104 @@ def test_help_of_one_command(toy: Path, heliostat_command: Heliostat, capsys: py
     assert "--ckpt_path" in said
 
 
+# Stages
+
+STAGED = """
+stages:
+  first:
+    model: {init_args: {scale: 2.0}}
+    trainer: {max_epochs: 2}
+  second:
+    model: {class_path: cli_toy.Other}
+"""
+
+
+def test_stages_run_one_after_the_other_on_the_weights_so_far(
+    toy: Path, heliostat_command: Heliostat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (toy / "toy.yaml").write_text(STAGED + CONFIG)
+    assert heliostat_command("fit", "--config", "toy.yaml", "--model.lr=0.01") == 0
+    run = only_run(toy / "runs" / "toy")
+    assert sorted(path.name for path in run.iterdir()) == ["first", "second"]
+    assert [steps(run / stage / "metrics.csv") for stage in ("first", "second")] == [[0, 1, 2, 3], [0, 1]]
+    saved = {stage: yaml.safe_load((run / stage / "config.yaml").read_text()) for stage in ("first", "second")}
+    assert [config["stages"] for config in saved.values()] == [None, None]
+    assert saved["first"]["model"]["init_args"]["scale"] == 2.0
+    assert saved["second"]["model"]["class_path"] == "cli_toy.Other"
+    assert saved["second"]["model"]["init_args"]["lr"] == 0.01  # an option wins in every stage
+    first = torch.load(run / "first" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert first["global_step"] == 4
+
+    # The second stage alone, from the first one's weights and by its own saved config, gives the same.
+    expected = torch.load(run / "second" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert any(not torch.equal(value, first["state_dict"][name]) for name, value in expected.items())
+    config = yaml.safe_load((run / "second" / "config.yaml").read_text())
+    (toy / "second.yaml").write_text(yaml.safe_dump(config))
+    import cli_toy
+
+    initial = cli_toy.Encoder.__init__
+    try:
+        cli_toy.Encoder.__init__ = lambda self: (  # type: ignore[method-assign]
+            initial(self),
+            self.load_state_dict({k.removeprefix("encoder."): v for k, v in first["state_dict"].items()}),
+        )[0]
+        assert heliostat_command("fit", "--config", "second.yaml") == 0
+    finally:
+        cli_toy.Encoder.__init__ = initial  # type: ignore[method-assign]
+    alone = torch.load(only_run(toy / "runs" / "second") / "checkpoints" / "last.ckpt", weights_only=True)
+    for name, value in expected.items():
+        torch.testing.assert_close(alone["state_dict"][name], value, rtol=0, atol=0)
+
+
+def test_resume_goes_on_in_the_stage_of_the_checkpoint(toy: Path, heliostat_command: Heliostat) -> None:
+    (toy / "toy.yaml").write_text(STAGED + CONFIG)
+    heliostat_command("fit", "--config", "toy.yaml")
+    run = only_run(toy / "runs" / "toy")
+    last = run / "first" / "checkpoints" / "last.ckpt"
+    assert heliostat_command("fit", "--config", "toy.yaml", "--ckpt_path", str(last), "--trainer.max_epochs=3") == 0
+    assert only_run(toy / "runs" / "toy") == run
+    assert steps(run / "first" / "metrics.csv") == [4, 5]
+    assert steps(run / "second" / "metrics.csv") == [0, 1, 2, 3, 4, 5]
+    last = run / "second" / "checkpoints" / "last.ckpt"
+    assert heliostat_command("fit", "--config", "toy.yaml", f"--ckpt_path={last}", "--trainer.max_epochs=4") == 0
+    assert steps(run / "second" / "metrics.csv") == [6, 7]
+    assert not (run / "first" / "metrics.2.csv").exists()
+    # The saved config of a stage is of that stage alone.
+    config = str(run / "second" / "config.yaml")
+    assert heliostat_command("fit", "--config", config, f"--ckpt_path={last}", "--trainer.max_epochs=5") == 0
+    assert steps(run / "second" / "metrics.csv") == [8, 9]
+    assert heliostat_command("test", "--config", config, f"--ckpt_path={last}") == 0
+
+
+@pytest.mark.parametrize(
+    ("stages", "args", "message"),
+    [
+        ("stages: [first]", [], "stages in {folder}/toy.yaml must map the name of each stage"),
+        ("stages: {first: {modle: 1}}", [], "error: fit has no option 'modle'"),
+        (
+            STAGED,
+            ["--ckpt_path=some/checkpoints/last.ckpt"],
+            "give a checkpoint in .../first/checkpoints",
+        ),
+        ("stages: {first: {trainer: {strategy: ddpp}}}", [], "error: You selected an invalid strategy name"),
+    ],
+)
+def test_wrong_stages(
+    stages: str, args: list[str], message: str, toy: Path, heliostat_command: Heliostat, capsys
+) -> None:
+    (toy / "toy.yaml").write_text(stages + CONFIG)
+    assert heliostat_command("fit", "--config", "toy.yaml", *args) in (1, 2)
+    assert message.format(folder=toy) in capsys.readouterr().err
+    assert not [path for path in (toy / "runs").rglob("*") if path.is_file()]
+
+
+def test_next_stage_refuses_weights_that_do_not_fit(toy: Path, heliostat_command: Heliostat, capsys) -> None:
+    second = "stages: {a: {}, b: {model: {init_args: {encoder: {class_path: cli_toy.Encoder, init_args: {width: 3}}}}}}"
+    (toy / "toy.yaml").write_text(second + CONFIG)
+    assert heliostat_command("fit", "--config", "toy.yaml") == 1
+    assert "the weights of the stage before do not fit" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_run_directory(toy: Path) -> None:
     ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -668,3 +766,15 @@ def test_two_processes_share_the_run_directory(toy: Path) -> None:
     assert result.stdout.count("run directory: ") == 1
     assert {path.name for path in run.iterdir()} == {"checkpoints", "config.yaml", "hparams.yaml", "metrics.csv"}
     assert "GLOBAL_RANK: 1, MEMBER: 2/2" in result.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_run_all_stages(toy: Path) -> None:
+    (toy / "toy.yaml").write_text(STAGED + CONFIG)
+    ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    result = subprocess_run("-m", "heliostat", "fit", "--config", "toy.yaml", *ddp, cwd=toy, timeout=240)
+    assert result.returncode == 0, result.stderr
+    run = only_run(toy / "runs" / "toy")
+    assert sorted(path.name for path in run.iterdir()) == ["first", "second"]
+    assert [steps(run / stage / "metrics.csv") for stage in ("first", "second")] == [[0, 1], [0]]
+    assert result.stderr.count("GLOBAL_RANK: 1, MEMBER: 2/2") == 2
