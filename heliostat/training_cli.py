@@ -67,14 +67,20 @@ def run() -> None:
         return
     # It is from within Python here; sys.argv stays the command that DDP starts its other processes with.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
-    start, given = None, len(sys.argv)
+    before = None
     for stage in stages:
         _say(f"stage {stage.name}")
-        decided = sys.argv[given:]  # the directory of this run
-        cli = HeliostatCLI(stage._replace(args=[*stage.args, *decided]), start)
+        cli = HeliostatCLI(stage, before)
         if cli.trainer.interrupted:
             return
-        start = cli.model
+        before = Before(cli.model, cli.run_dir)
+
+
+class Before(NamedTuple):
+    """What a stage takes from the one before."""
+
+    model: LightningModule  # whose weights it starts from
+    run_dir: str | None  # of all stages
 
 
 class _Parser(LightningArgumentParser):
@@ -98,11 +104,15 @@ class HeliostatCLI(LightningCLI):
 
     Args:
         stage: What to run instead of the command line as it is.
-        start: The module that the stage before has trained, whose weights this one starts from.
+        before: The stage before, if there is one.
+
+    Attributes:
+        run_dir: The directory of this run; with stages, of all of them.
     """
 
-    def __init__(self, stage: Stage | None = None, start: LightningModule | None = None) -> None:
-        self._stage, self._start = stage, start
+    def __init__(self, stage: Stage | None = None, before: Before | None = None) -> None:
+        self._stage, self._before = stage, before
+        self.run_dir: str | None = before.run_dir if before else None
         self._refusal: Exception | None = None
         super().__init__(
             args=stage.args if stage else None,
@@ -212,12 +222,12 @@ class HeliostatCLI(LightningCLI):
             if isinstance(reason, _USER_ERRORS):
                 _exit(f"error: {reason}\nHELIOSTAT_TRACEBACK=1 shows the traceback.", status=1)
             raise reason from None  # a bug: its traceback, without the report of jsonargparse after it
-        if self._start is not None:
-            self._take_over(self._start)
+        if self._before is not None:
+            self._take_over(self._before.model)
 
-    def _take_over(self, start: LightningModule) -> None:
+    def _take_over(self, trained: LightningModule) -> None:
         """Start from the weights of the stage before."""
-        weights = start.state_dict()
+        weights = trained.state_dict()
         try:
             missing, unexpected = self.model.load_state_dict(weights, strict=False)
         except RuntimeError as error:  # shapes differ
@@ -244,7 +254,7 @@ class HeliostatCLI(LightningCLI):
         The directory goes to the Trainer alone, not into the config: a saved config then serves for a new run.
         """
         config = self._get(self.config_init, "trainer")
-        run_dir = config.default_root_dir
+        run_dir = self.run_dir = config.default_root_dir or self.run_dir
         callbacks = config.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if not any(isinstance(callback, StepSeed) for callback in callbacks):
@@ -255,7 +265,7 @@ class HeliostatCLI(LightningCLI):
                 atexit.register(shutil.rmtree, run_dir, ignore_errors=True)
             return super().instantiate_trainer(default_root_dir=run_dir, **kwargs)
         if run_dir is None:
-            run_dir = self._decide_run_dir()
+            run_dir = self.run_dir = self._decide_run_dir()
             sys.argv.append(f"--trainer.default_root_dir={run_dir}")  # for the other processes that DDP will start
         if self._stage is not None:
             run_dir = str(Path(run_dir) / self._stage.name)

@@ -22,7 +22,7 @@ from heliostat.datamodules.sources.refusals import aligned_model, refusal_metric
 from heliostat.lit_models.fine_tuning import FineTuning
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]}
-STEPS, LR = 300, 1e-3
+DIM, STEPS, LR = 64, 400, 2e-3
 MOST_RESTORED = 20  # steps
 
 
@@ -31,7 +31,7 @@ def fine_tuned(seed: int) -> Any:
     """The aligned model after LoRA on the task, merged; trained once for all arms."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*(does not have many workers|is_gradient_checkpointing).*")
-    network = aligned_model(seed)
+    network = aligned_model(seed, DIM)
     seed_everything(seed, verbose=False)
     module = FineTuning(
         network,
@@ -82,7 +82,7 @@ def represent(model: Any, batch: dict[str, Tensor]) -> Tensor:
 @cache
 def recovered(seed: int, rollback: bool | str) -> tuple[Any, int]:
     """The model after recovery, and how many entries were restored."""
-    aligned, model = aligned_model(seed), copy.deepcopy(fine_tuned(seed))
+    aligned, model = aligned_model(seed, DIM), copy.deepcopy(fine_tuned(seed))
     data = RefusalDataModule(seed=seed)
     harmful, task = list(data.harmful_dataloader()), list(data.task_dataloader())
     blocks = model.model.decoder.layers
@@ -111,7 +111,7 @@ def nothing(seed: int) -> tuple[Any, int]:
 
 def at_random(seed: int) -> tuple[Any, int]:
     """As many entries as the recovery restores, drawn from all that differ."""
-    model, aligned = copy.deepcopy(fine_tuned(seed)), dict(aligned_model(seed).named_parameters())
+    model, aligned = copy.deepcopy(fine_tuned(seed)), dict(aligned_model(seed, DIM).named_parameters())
     params, _ = eligible_parameters(model, list(model.model.decoder.layers), len(model.model.decoder.layers))
     flat = torch.cat([(p != aligned[name]).flatten() for name, p in params.items()])
     places = flat.nonzero().squeeze(1)
@@ -126,7 +126,7 @@ def at_random(seed: int) -> tuple[Any, int]:
 
 def in_full(seed: int) -> tuple[Any, int]:
     """The aligned model."""
-    return aligned_model(seed), -1
+    return aligned_model(seed, DIM), -1
 
 
 def arm(build: Callable[[int], tuple[Any, int]]) -> Any:
@@ -159,7 +159,7 @@ CLAIM = Claim(
     baseline="random restoration of as many",
     method="recovery",
     budget=(
-        "a model of 114,000 parameters in a made-up language, aligned anew for every seed, then fine-tuned on the task "
+        "a model of 200,000 parameters in a made-up language, aligned anew for every seed, then fine-tuned on the task "
         f"by LoRA of rank 8 for {STEPS} steps of 64, AdamW {LR:g}, once for all arms. Recovery: the method's defaults, "
         f"but all blocks and a candidate after each of {MOST_RESTORED} steps; prompts with symbols of training, task "
         "score on validation prompts (at most 5 % lost, relatively), the table on 300 + 300 test prompts. Restored: "

@@ -30,7 +30,8 @@ Normalization = Literal["mean", "layer", "none"]
 Reduction = Literal["mean", "sum"]
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
-_LARGEST_EIGH = 4096  # larger moments get subspace iteration
+_LARGEST_EIGH = 1024  # larger moments get subspace iteration,
+_MOST_ITERATIONS = 100  # of which twenty are usual
 _MOMENT_BYTES = 2**32  # of the layers whose moments are gathered in one pass
 _CHUNK_ELEMENTS = 2**22  # of the rows of X that E_RM forms at a time
 
@@ -634,20 +635,27 @@ def _sum_moments(x: Tensor, g: Tensor, valid: Tensor | None) -> tuple[Tensor, Te
 def top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     """The leading eigenvectors of a positive semi-definite matrix ``(d, d)``, as columns ``(d, min(rank, d))``.
 
-    Decomposed in float64 up to d = 4096, by subspace iteration beyond.
+    Decomposed in float64 up to d = 1024, and if a quarter of all is wanted. Otherwise by subspace iteration, until what
+    the columns hold of the trace grows by less than a millionth: many times faster, and of eigenvectors whose
+    eigenvalues hardly differ any combination will do.
     """
     if rank < 1:
         raise ValueError(f"rank_out and rank_in must be >= 1, got {rank}")
     dim = len(matrix)
-    if dim <= _LARGEST_EIGH:
+    if dim <= _LARGEST_EIGH or 4 * rank > dim:
         return torch.linalg.eigh(matrix.double())[1].flip(1)[:, :rank].to(matrix.dtype).contiguous()
     generator = torch.Generator().manual_seed(0)
-    block = torch.randn(dim, rank + 8, generator=generator).to(matrix)  # 8 more directions than are wanted
-    for _ in range(3):  # one product and two power steps
-        block = torch.linalg.qr(matrix @ block)[0]
-    small = block.mT @ (matrix @ block)
-    vectors = torch.linalg.eigh(((small + small.mT) / 2).double())[1].flip(1)[:, :rank]
-    return block @ vectors.to(block)
+    block = torch.randn(dim, rank + 16, generator=generator).to(matrix)  # more directions than are wanted: faster
+    held = -1.0
+    for _ in range(_MOST_ITERATIONS):
+        basis = torch.linalg.qr(block)[0]
+        block = matrix @ basis
+        small = (basis.mT @ block).double()
+        values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+        before, held = held, float(values[-rank:].sum())
+        if held - before <= 1e-6 * held:
+            break
+    return basis @ vectors.flip(1)[:, :rank].to(basis)
 
 
 def _project_samples(x: Tensor, g: Tensor, basis_out: Tensor, basis_in: Tensor) -> tuple[Tensor, Tensor]:

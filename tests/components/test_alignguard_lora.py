@@ -395,6 +395,18 @@ def test_large_moments_by_subspace_iteration(monkeypatch: pytest.MonkeyPatch) ->
     assert (found.mT @ moment @ found).diagonal().diff().max() < 0
 
 
+@pytest.mark.parametrize("rows", [50, 5000])  # of rank 50; and with eigenvalues that hardly differ
+def test_subspace_iteration_holds_as_much_of_the_trace(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(rows, 300) * torch.linspace(1, 3, 300)
+    moment = x.mT @ x / rows
+    exact = top_eigenvectors(moment, 16)
+    monkeypatch.setattr(alignguard_lora, "_LARGEST_EIGH", 100)
+    found = top_eigenvectors(moment, 16)
+    held = [torch.trace(basis.mT @ moment @ basis).item() for basis in (found, exact)]
+    assert held[0] == pytest.approx(held[1], rel=1e-4)
+    assert torch.equal(found, top_eigenvectors(moment, 16))  # the same on every process
+
+
 def test_padding_is_left_out_of_the_inputs_moment() -> None:
     x, g = samples()
     valid = torch.rand(12, 4) < 0.7
