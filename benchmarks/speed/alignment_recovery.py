@@ -112,8 +112,8 @@ def _case(rollback: bool) -> Case:
 
 SPEED = Speed(
     summary=f"One recovery step over {BATCHES} batches of {ROWS} prompts of {LENGTH} tokens, restored and undone "
-    f"again, on the first {KEPT} of {LAYERS} blocks of a decoder, d = {DIM}, float32, random weights, aligned weights in CPU "
-    "memory; against forward and backward of the same batches alone: once, or with rollback twice, as a step takes the "
-    "gradient of as many task prompts then. The mean of those is part of the step too.",
+    f"again, on the first {KEPT} of {LAYERS} blocks of a decoder, d = {DIM}, float32, random weights, aligned weights "
+    "in CPU memory; against forward and backward of the same batches alone: once, or with rollback twice, as a step "
+    "takes the gradient of as many task prompts then. The mean of those is part of the step too.",
     cases={"without rollback": _case(rollback=False), "with rollback": _case(rollback=True)},
 )

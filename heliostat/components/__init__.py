@@ -6,7 +6,10 @@ from heliostat._lazy import lazy_exports
 
 _EXPORTS = {
     "CORRUPTIONS": "corruptions",
+    "CachedContrastiveStep": "contrastive",
+    "CachedTextEmbeddings": "text_cache",
     "ClassGaussians": "gaussians",
+    "ContrastiveTuningLoss": "proclip",
     "CrossBatchMemory": "cross_batch_memory",
     "DenseFisher": "alignguard_lora",
     "DiagonalFisher": "alignguard_lora",
@@ -20,6 +23,7 @@ _EXPORTS = {
     "ShuffledGroupWhiteningHead": "whitened_cse",
     "SmallConvNet": "small_convnet",
     "TestTimeAdapter": "test_time_adaptation",
+    "TextAdapter": "proclip",
     "UNPGHead": "unpg",
     "WhitenedInfoNCELoss": "whitened_cse",
     "WhiteningTransform": "group_whitening",
@@ -29,15 +33,20 @@ _EXPORTS = {
     "class_gaussians": "gaussians",
     "configure_batchnorm_adaptation": "test_time_adaptation",
     "corrupt": "corruptions",
+    "cross_modal_recall": "retrieval",
     "eligible_parameters": "alignment_recovery",
+    "ema_update_": "proclip",
     "estimate_kronecker_fisher": "alignguard_lora",
     "fit_class_gaussians": "source_statistics",
     "gather_rows": "distributed",
     "geodesic_overlap": "alignguard_lora",
     "group_whiten": "group_whitening",
     "group_whiten_views": "group_whitening",
+    "grouped_contrastive_loss": "contrastive",
+    "instance_alignment_loss": "proclip",
     "lora_fisher_penalty": "alignguard_lora",
     "mahalanobis_sq": "gaussians",
+    "make_contrastive_groups": "contrastive",
     "margin_logits": "unpg",
     "mean_representation": "alignment_recovery",
     "multi_similarity_loss": "multi_similarity",
@@ -48,11 +57,13 @@ _EXPORTS = {
     "pair_weights": "pair_weighting",
     "pool_tokens": "pooling",
     "recover_alignment": "alignment_recovery",
+    "representation_inheritance_loss": "proclip",
     "restore_": "alignment_recovery",
     "retrieval_metrics": "retrieval",
     "riemannian_overlap": "alignguard_lora",
     "select_top_gradients": "alignment_recovery",
     "sign_agreement_mask": "alignment_recovery",
+    "structure_alignment_loss": "proclip",
     "unified_negatives": "unpg",
     "uniformity": "embedding_geometry",
     "unpg_loss": "unpg",
@@ -82,6 +93,9 @@ if TYPE_CHECKING:
     from heliostat.components.alignment_recovery import sign_agreement_mask as sign_agreement_mask
     from heliostat.components.cafa import class_aware_alignment_loss as class_aware_alignment_loss
     from heliostat.components.chunking import chunked_forward as chunked_forward
+    from heliostat.components.contrastive import CachedContrastiveStep as CachedContrastiveStep
+    from heliostat.components.contrastive import grouped_contrastive_loss as grouped_contrastive_loss
+    from heliostat.components.contrastive import make_contrastive_groups as make_contrastive_groups
     from heliostat.components.corruptions import CORRUPTIONS as CORRUPTIONS
     from heliostat.components.corruptions import corrupt as corrupt
     from heliostat.components.cross_batch_memory import CrossBatchMemory as CrossBatchMemory
@@ -103,6 +117,13 @@ if TYPE_CHECKING:
     from heliostat.components.pair_weighting import pair_loss as pair_loss
     from heliostat.components.pair_weighting import pair_weights as pair_weights
     from heliostat.components.pooling import pool_tokens as pool_tokens
+    from heliostat.components.proclip import ContrastiveTuningLoss as ContrastiveTuningLoss
+    from heliostat.components.proclip import TextAdapter as TextAdapter
+    from heliostat.components.proclip import ema_update_ as ema_update_
+    from heliostat.components.proclip import instance_alignment_loss as instance_alignment_loss
+    from heliostat.components.proclip import representation_inheritance_loss as representation_inheritance_loss
+    from heliostat.components.proclip import structure_alignment_loss as structure_alignment_loss
+    from heliostat.components.retrieval import cross_modal_recall as cross_modal_recall
     from heliostat.components.retrieval import nearest_neighbors as nearest_neighbors
     from heliostat.components.retrieval import retrieval_metrics as retrieval_metrics
     from heliostat.components.small_convnet import SmallConvNet as SmallConvNet
@@ -111,6 +132,7 @@ if TYPE_CHECKING:
     from heliostat.components.test_time_adaptation import (
         configure_batchnorm_adaptation as configure_batchnorm_adaptation,
     )
+    from heliostat.components.text_cache import CachedTextEmbeddings as CachedTextEmbeddings
     from heliostat.components.unpg import UNPGHead as UNPGHead
     from heliostat.components.unpg import margin_logits as margin_logits
     from heliostat.components.unpg import unified_negatives as unified_negatives

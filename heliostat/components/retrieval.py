@@ -108,6 +108,58 @@ def retrieval_metrics(
     return RetrievalMetrics(dict(zip(k, recalls, strict=True)), map_at_r, num_queries)
 
 
+@torch.no_grad()
+def cross_modal_recall(
+    queries: Tensor,
+    references: Tensor,
+    query_groups: Tensor,
+    reference_groups: Tensor,
+    k: Sequence[int] = (1, 5, 10),
+    *,
+    block_size: int = 1024,
+) -> dict[int, Tensor]:
+    """Recall@k from one set into another, such as from pictures to their captions.
+
+    Recall@k is the share of queries one of whose k nearest references, by cosine, has the query's group. Queries whose
+    group no reference has are left out, with a warning that counts them. Ties are broken as in `nearest_neighbors`. The
+    result is NaN if there is a NaN among the embeddings, and if no query is left.
+
+    Args:
+        queries: ``(N, d)``, any scale.
+        references: ``(M, d)``, any scale.
+        query_groups: ``(N,)`` integers: what belongs together has the same.
+        reference_groups: ``(M,)`` integers.
+        k: Depths, each >= 1. A depth of M and more looks at all references.
+        block_size: Queries compared at a time, >= 1.
+
+    Returns:
+        Recall by k, scalars in [0, 1].
+
+    Raises:
+        ValueError: On shapes that do not fit, no references, or ``k`` or ``block_size`` out of range.
+    """
+    given = {"query_groups": (query_groups, queries), "reference_groups": (reference_groups, references)}
+    for name, (labels, embeddings) in given.items():
+        if labels.shape != embeddings.shape[:1]:
+            raise ValueError(f"{name} must have shape ({len(embeddings)},), one a row, got {tuple(labels.shape)}")
+    if not k or min(k) < 1:
+        raise ValueError(f"k must hold depths >= 1, got {list(k)}")
+    if len(references) == 0:
+        raise ValueError("references must have at least one row to be found, got none")
+    matched = torch.isin(query_groups, reference_groups)
+    if left_out := int((~matched).sum()):
+        warnings.warn(
+            f"{left_out} of {len(queries)} queries have no reference of their group, and Recall@k leaves them out",
+            stacklevel=3,
+        )
+    groups, depth = query_groups[matched], min(max(k), len(references))
+    found = queries.new_zeros(len(groups), len(k), dtype=torch.promote_types(queries.dtype, torch.float32))
+    for rows, cosines, indices in _ranked(queries[matched], references, depth, block_size):
+        right = (reference_groups[indices] == groups[rows, None]).to(found) + 0 * cosines  # NaN stays NaN
+        found[rows] = torch.stack([right[:, :depth_k].amax(1) for depth_k in k], dim=1)
+    return dict(zip(k, found.mean(0).unbind(), strict=True))
+
+
 def _ranked(
     queries: Tensor, references: Tensor | None, k: int, block_size: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:

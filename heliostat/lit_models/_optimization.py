@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
@@ -20,7 +20,12 @@ _DECAY: dict[str, Callable[[float], float]] = {  # part of training that is over
 
 
 def configure_optimizers(
-    module: LightningModule, optimizer: OptimizerCallable, lr_scheduler: Schedule | LRSchedulerCallable
+    module: LightningModule,
+    optimizer: OptimizerCallable,
+    lr_scheduler: Schedule | LRSchedulerCallable,
+    *,
+    groups: Sequence[dict[str, Any]] | None = None,
+    warmup_steps: int = 0,
 ) -> OptimizerLRScheduler:
     """Build what ``LightningModule.configure_optimizers`` returns.
 
@@ -30,8 +35,18 @@ def configure_optimizers(
         lr_scheduler: ``"linear"`` and ``"cosine"`` decay to zero over the whole training, whose length they take from
             the trainer; ``"constant"`` does nothing; a callable makes a scheduler from the optimizer. All are stepped
             after every optimizer step.
+        groups: Parameter groups in the place of one; a group's ``lr_scale`` multiplies the optimizer's learning rate.
+        warmup_steps: Steps over which the learning rate of ``"linear"`` and ``"cosine"`` first rises linearly.
     """
-    optim = optimizer([p for p in module.parameters() if p.requires_grad])
+    if warmup_steps < 0 or (warmup_steps and lr_scheduler not in _DECAY):
+        raise ValueError(
+            f"warmup_steps must be >= 0, and goes with lr_scheduler {[*_DECAY]}, got {warmup_steps} with "
+            f"lr_scheduler={lr_scheduler!r}"
+        )
+    optim = optimizer([p for p in module.parameters() if p.requires_grad] if groups is None else groups)
+    for group in optim.param_groups:
+        if "lr_scale" in group:
+            group["lr"] *= group["lr_scale"]
     if lr_scheduler == "constant":
         return optim
     scheduler: LRScheduler | ReduceLROnPlateau
@@ -48,9 +63,14 @@ def configure_optimizers(
             )
 
         def factor(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            if step == warmup_steps:
+                return 1.0
             # Asked for only once training runs: Lightning 2.6 sets up the loader to answer, and a loader that is set up
             # before a checkpoint's loops are restored is never told where to go on.
-            return decay(min(step / trainer.estimated_stepping_batches, 1.0)) if step else 1.0
+            length = max(trainer.estimated_stepping_batches - warmup_steps, 1)
+            return decay(min((step - warmup_steps) / length, 1.0))
 
         # A function is not saved with the scheduler: a run resumed for longer decays over its new length.
         scheduler = LambdaLR(optim, factor)

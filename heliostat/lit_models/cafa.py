@@ -26,7 +26,7 @@ from heliostat.components.test_time_adaptation import AdaptationMethod, AdaptedP
 from heliostat.lit_models._evaluation import gather_once
 from heliostat.lit_models._hparams import save_plain_hyperparameters
 from heliostat.lit_models._optimization import Schedule, configure_optimizers
-from heliostat.lit_models._timm import has_weights, timm_network
+from heliostat.towers import has_weights, timm_network
 
 _KEY = "source_statistics"  # in a checkpoint, as the callback SourceStatistics writes it
 

@@ -25,7 +25,7 @@ from heliostat.components.retrieval import retrieval_metrics
 from heliostat.lit_models._evaluation import gather_once
 from heliostat.lit_models._hparams import save_plain_hyperparameters
 from heliostat.lit_models._optimization import Schedule, configure_optimizers
-from heliostat.lit_models._timm import has_weights, timm_network
+from heliostat.towers import has_weights, timm_network
 
 
 class MetricLearning(LightningModule):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heliostat.components import nearest_neighbors, retrieval_metrics
+from heliostat.components import cross_modal_recall, nearest_neighbors, retrieval_metrics
 
 
 def brute_force(embeddings: Tensor, labels: Tensor, depths: tuple[int, ...]) -> tuple[dict[int, float], float]:
@@ -109,6 +109,64 @@ class TestMetrics:
             retrieval_metrics(torch.ones(3, 2), torch.zeros(3), (0, 1))
         with pytest.raises(ValueError, match=r"k must hold depths >= 1, got \[\]"):
             retrieval_metrics(torch.ones(3, 2), torch.zeros(3), ())
+
+
+class TestCrossModalRecall:
+    @pytest.mark.parametrize("block_size", [1, 7, 64])
+    def test_against_a_loop(self, block_size: int) -> None:
+        queries, references = torch.randn(30, 4), torch.randn(20, 4)
+        query_groups, reference_groups = torch.randint(6, (30,)), torch.arange(20) % 6
+        recalls = cross_modal_recall(
+            queries, references, query_groups, reference_groups, (1, 3, 8), block_size=block_size
+        )
+        cosines = F.normalize(queries.double(), dim=1) @ F.normalize(references.double(), dim=1).T
+        for k, recall in recalls.items():
+            hits = [
+                bool((reference_groups[row.argsort(descending=True)[:k]] == group).any())
+                for row, group in zip(cosines, query_groups, strict=True)
+            ]
+            assert recall.item() == pytest.approx(sum(hits) / len(hits))
+
+    def test_by_hand(self) -> None:
+        """Query 0 finds its group at once; query 1 (nearest: 1, 0, 2) third; query 2 in the second place."""
+        references = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
+        queries = torch.tensor([[2.0, 0.1], [0.1, 3], [-0.5, 0.4]])
+        recalls = cross_modal_recall(queries, references, torch.tensor([5, 7, 6]), torch.tensor([5, 6, 7]), (1, 2, 3))
+        assert {k: round(recall.item() * 3) for k, recall in recalls.items()} == {1: 1, 2: 2, 3: 3}
+
+    def test_depth_beyond_the_references_is_all(self) -> None:
+        recalls = cross_modal_recall(torch.randn(4, 3), torch.randn(3, 3), torch.zeros(4), torch.arange(3), (3, 50))
+        assert recalls == {3: 1.0, 50: 1.0}
+
+    def test_queries_without_a_match_are_left_out_and_counted(self) -> None:
+        queries, references = torch.randn(6, 3), torch.randn(4, 3)
+        groups, reference_groups = torch.tensor([0, 1, 2, 3, 9, 9]), torch.arange(4)
+        with pytest.warns(UserWarning, match="2 of 6 queries have no reference of their group"):
+            recalls = cross_modal_recall(queries, references, groups, reference_groups, (2,))
+        assert recalls == cross_modal_recall(queries[:4], references, groups[:4], reference_groups, (2,))
+
+    def test_without_any_query(self) -> None:
+        with pytest.warns(UserWarning, match="3 of 3 queries"):
+            recalls = cross_modal_recall(torch.randn(3, 2), torch.randn(2, 2), torch.ones(3), torch.zeros(2))
+        assert all(recall.isnan() for recall in recalls.values())
+
+    def test_nan_shows(self) -> None:
+        queries, references = torch.randn(4, 3), torch.randn(4, 3)
+        references[2, 1] = torch.nan
+        assert cross_modal_recall(queries, references, torch.arange(4), torch.arange(4))[1].isnan()
+
+    def test_errors(self) -> None:
+        rows, groups = torch.randn(3, 2), torch.arange(3)
+        with pytest.raises(ValueError, match=r"query_groups must have shape \(3,\), one a row, got \(2,\)"):
+            cross_modal_recall(rows, rows, groups[1:], groups)
+        with pytest.raises(ValueError, match=r"reference_groups must have shape \(3,\), one a row, got \(2,\)"):
+            cross_modal_recall(rows, rows, groups, groups[1:])
+        with pytest.raises(ValueError, match=r"k must hold depths >= 1, got \[0\]"):
+            cross_modal_recall(rows, rows, groups, groups, (0,))
+        with pytest.raises(ValueError, match="references must have at least one row"):
+            cross_modal_recall(rows, rows[:0], groups, groups[:0])
+        with pytest.raises(ValueError, match=r"got \(\(3, 2\), \(3, 4\)\)"):
+            cross_modal_recall(rows, torch.randn(3, 4), groups, groups)
 
 
 class TestNearestNeighbors:
