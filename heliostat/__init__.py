@@ -24,6 +24,13 @@ _EXPORTS = {
     "AlignGuard": "callbacks.align_guard",
     "AlignmentRecovery": "callbacks.alignment_recovery",
     "recover_checkpoint": "recovery",
+    "ProCLIP": "lit_models.proclip",
+    "CaptionGallery": "callbacks.caption_gallery",
+    "ImageTextDataModule": "datamodules.image_text",
+    "TextEmbedder": "towers",
+    "OpenCLIPTextTower": "towers",
+    "OpenCLIPImageTower": "towers",
+    "TimmImageTower": "towers",
 }
 __all__ = ["__version__", *_EXPORTS]
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
@@ -32,14 +39,21 @@ if TYPE_CHECKING:
     from heliostat.callbacks.adaptation_report import AdaptationReport as AdaptationReport
     from heliostat.callbacks.align_guard import AlignGuard as AlignGuard
     from heliostat.callbacks.alignment_recovery import AlignmentRecovery as AlignmentRecovery
+    from heliostat.callbacks.caption_gallery import CaptionGallery as CaptionGallery
     from heliostat.callbacks.export_best import ExportBest as ExportBest
     from heliostat.callbacks.metric_curves import MetricCurves as MetricCurves
     from heliostat.callbacks.retrieval_gallery import RetrievalGallery as RetrievalGallery
     from heliostat.callbacks.source_statistics import SourceStatistics as SourceStatistics
     from heliostat.callbacks.step_seed import StepSeed as StepSeed
+    from heliostat.datamodules.image_text import ImageTextDataModule as ImageTextDataModule
     from heliostat.datamodules.labelled_images import LabelledImageDataModule as LabelledImageDataModule
     from heliostat.datamodules.text import TextDataModule as TextDataModule
     from heliostat.lit_models.cafa import CAFA as CAFA
     from heliostat.lit_models.multi_similarity import MetricLearning as MetricLearning
+    from heliostat.lit_models.proclip import ProCLIP as ProCLIP
     from heliostat.lit_models.whitened_cse import WhitenedCSE as WhitenedCSE
     from heliostat.recovery import recover_checkpoint as recover_checkpoint
+    from heliostat.towers import OpenCLIPImageTower as OpenCLIPImageTower
+    from heliostat.towers import OpenCLIPTextTower as OpenCLIPTextTower
+    from heliostat.towers import TextEmbedder as TextEmbedder
+    from heliostat.towers import TimmImageTower as TimmImageTower

@@ -114,6 +114,7 @@ class HeliostatCLI(LightningCLI):
         self._stage, self._before = stage, before
         self.run_dir: str | None = before.run_dir if before else None
         self._refusal: Exception | None = None
+        self._verbose = True
         super().__init__(
             args=stage.args if stage else None,
             parser_class=_Parser,
@@ -154,7 +155,23 @@ class HeliostatCLI(LightningCLI):
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         monitored = getattr(self.trainer.checkpoint_callback, "monitor", None)
         ckpt_path = "best" if best and monitored else None
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path)
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path, verbose=False)
+        self.after_test()
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Lightning's table of results has a column a loader, and what is logged of all of them in each."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        self._verbose = kwargs.get("verbose", True)
+        return {**kwargs, "verbose": False} if "verbose" in kwargs else kwargs
+
+    def after_test(self) -> None:
+        """Print what was measured."""
+        metrics = self.trainer.callback_metrics
+        if self._verbose and metrics:
+            width = max(len(name) for name in metrics)
+            _say("\n".join(f"{name:{width}}  {float(value):.4f}" for name, value in sorted(metrics.items())))
+
+    after_validate = after_test
 
     def _parse_ckpt_path(self) -> None:
         """Fill in the hyper-parameters of the checkpoint: command line > config > checkpoint > default.

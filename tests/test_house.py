@@ -17,8 +17,8 @@ PACKAGE = ROOT / "heliostat"
 FLOORS = {  # folder -> what it may import of heliostat
     "cuda": {"cuda"},
     "components": {"components", "cuda"},
-    "datamodules": {"datamodules", "components", "pretrained"},
-    "lit_models": {"lit_models", "components", "pretrained"},
+    "datamodules": {"datamodules", "components", "pretrained", "towers"},
+    "lit_models": {"lit_models", "components", "pretrained", "towers"},
     "callbacks": {"callbacks", "components", "pretrained"},
 }
 SMALL_TOOLS = {"_lazy", "_extras"}

@@ -21,6 +21,7 @@ from tests.lit_models.test_whitened_cse import NO_DROPOUT, tiny_module, write_fi
 def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Two steps and a validation of one batch; then validate and test from its checkpoint and its saved config."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     short = [
         "--trainer.limit_val_batches",
         "1",
@@ -33,6 +34,7 @@ def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(sys, "argv", ["heliostat", "fit", "--config", name, *steps, *short])
     assert not main()
     (run,) = (tmp_path / "runs" / name).iterdir()
+    run = max(run.glob("*/config.yaml"), default=run / "config.yaml", key=os.path.getmtime).parent  # of the last stage
     assert {"config.yaml", "metrics.csv", "checkpoints", "curves.png"} <= {path.name for path in run.iterdir()}
     config = str(run / "config.yaml")
     (checkpoint, *_) = (run / "checkpoints").glob("*.ckpt")

@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from heliostat._extras import require
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def looks_like_hub_id(source: str, file_suffixes: tuple[str, ...]) -> bool:
@@ -18,6 +23,11 @@ def looks_like_hub_id(source: str, file_suffixes: tuple[str, ...]) -> bool:
 def is_saved_dataset(folder: Path) -> bool:
     """Tell a directory that ``save_to_disk`` wrote."""
     return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
+
+
+def has_splits(source: str) -> bool:
+    """Tell whether a data set may have splits; one that ``Dataset.save_to_disk`` wrote has none."""
+    return not (Path(source).expanduser() / "state.json").is_file()
 
 
 def load_dataset(source: str, split: str, argument: str, *, streaming: bool) -> Any:
@@ -63,3 +73,21 @@ def check_columns(found: Sequence[str], columns: Sequence[str | int], source: st
         raise ValueError(
             f"{source} has no column {missing[0]!r}; it has {list(found)}. Name columns of these in {argument}"
         )
+
+
+def share_stream(rows: Any, trainer: Trainer | None, owner: str) -> Any:
+    """Return this process's share of a stream.
+
+    Raises:
+        MisconfigurationException: There are several processes, and nothing says when their epoch ends; ``owner`` is
+            what the message says of the caller.
+    """
+    if trainer is None or trainer.world_size == 1:
+        return rows
+    if trainer.max_steps == -1 and not isinstance(trainer.limit_train_batches, int):
+        raise MisconfigurationException(
+            f"{owner} on {trainer.world_size} processes: their shares of the stream differ in length, so they cannot "
+            "tell together when an epoch ends. Set Trainer(limit_train_batches=<int>) or Trainer(max_steps=...)"
+        )
+    distributed = require("datasets.distributed", owner)
+    return distributed.split_dataset_by_node(rows, trainer.global_rank, trainer.world_size)

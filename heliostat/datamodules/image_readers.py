@@ -23,9 +23,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".we
 
 
 class Pictures(Protocol):
-    """Encoded pictures with the names of their classes."""
-
-    class_names: list[str]
+    """Encoded pictures."""
 
     def content(self, position: int) -> bytes:
         """The encoded picture."""
@@ -36,9 +34,15 @@ class Pictures(Protocol):
         ...
 
 
+class LabelledPictures(Pictures, Protocol):
+    """Encoded pictures with the names of their classes."""
+
+    class_names: list[str]
+
+
 def open_pictures(
     source: str | Sequence[str], argument: str, *, split: str, image_column: str, label_column: str
-) -> Pictures:
+) -> LabelledPictures:
     """List the pictures of an image folder, a zip archive, a list of these, or a Hugging Face data set.
 
     The class of a file is the folder that holds it, as a path relative to the root. In an archive the folders that all
@@ -77,11 +81,11 @@ def open_pictures(
             raise ValueError(f"{argument}: {entry!r} is neither a folder nor a zip archive")
     if not files:
         raise ValueError(f"{argument} is an empty list; give folders and archives")
-    return FilePictures(files)
+    return FilePictures(sorted(files))
 
 
 class ImageFile(NamedTuple):
-    """A picture's class and its place: a file, or a member of an archive."""
+    """A picture's class, if it has one, and its place: a file, or a member of an archive."""
 
     class_name: str
     path: str
@@ -92,7 +96,7 @@ class FilePictures:
     """Pictures that are files, or members of zip archives, which every process opens for itself."""
 
     def __init__(self, files: Sequence[ImageFile]) -> None:
-        self.files = sorted(files)
+        self.files = files
         self.class_names = [file.class_name for file in self.files]
         self._archives: dict[str, zipfile.ZipFile] = {}
         self._process = os.getpid()
@@ -118,37 +122,48 @@ class FilePictures:
 
 
 class DatasetPictures:
-    """Pictures of a Hugging Face data set."""
+    """Pictures of a Hugging Face data set; without ``label_column``, they have no class names."""
 
-    def __init__(self, data: Any, source: str, image_column: str, label_column: str) -> None:
+    def __init__(self, data: Any, source: str, image_column: str, label_column: str | None) -> None:
         datasets = require("datasets", source)
         check_columns(data.column_names, [image_column], source, "image_column")
-        check_columns(data.column_names, [label_column], source, "label_column")
+        if label_column is not None:
+            check_columns(data.column_names, [label_column], source, "label_column")
         if not isinstance(data.features[image_column], datasets.Image):
             raise ValueError(
                 f"{source}: the column {image_column!r} holds {data.features[image_column]}, not images; name the "
                 "column of the pictures in image_column"
             )
-        label = data.features[label_column]
-        values = data[label_column][:]
-        if missing := sum(value is None or value == -1 for value in values):
-            raise ValueError(f"{source}: {missing} of {len(values)} rows have no class in the column {label_column!r}")
-        self.class_names = [label.int2str(v) if isinstance(label, datasets.ClassLabel) else str(v) for v in values]
+        self.class_names: list[str] = []
+        if label_column is not None:
+            label = data.features[label_column]
+            values = data[label_column][:]
+            if missing := sum(value is None or value == -1 for value in values):
+                raise ValueError(
+                    f"{source}: {missing} of {len(values)} rows have no class in the column {label_column!r}"
+                )
+            self.class_names = [label.int2str(v) if isinstance(label, datasets.ClassLabel) else str(v) for v in values]
         self.data = data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         self.source, self.image_column = source, image_column
 
     def content(self, position: int) -> bytes:
         """The encoded picture."""
-        image = self.data[position][self.image_column]
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        return encoded_image(self.data[position][self.image_column])
 
     def where(self, position: int) -> str:
         """The picture's row."""
         return f"{self.source}, row {position + 1}"
 
 
+def encoded_image(value: dict[str, Any]) -> bytes:
+    """Return the file that a value of an undecoded ``datasets.Image`` column holds or names."""
+    return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+
+
 def read_picture(pictures: Pictures, position: int, channels: int) -> Tensor:
     """Decode one picture: ``(channels, H, W)`` uint8, grey for one channel and RGB for three.
+
+    What is transparent becomes white.
 
     Raises:
         ValueError: It cannot be read; names its place.
@@ -163,6 +178,9 @@ def read_picture(pictures: Pictures, position: int, channels: int) -> Tensor:
             if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
                 raise ValueError(f"pixels of mode {picture.mode!r} outside 16 bits have no known range")
             return (values / 257).round().to(torch.uint8).expand(channels, -1, -1)
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = image.alpha_composite(image.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # decoders raise errors of many kinds
         raise ValueError(f"{pictures.where(position)}: the picture cannot be read ({error})") from error

@@ -15,17 +15,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from heliostat._extras import require
 from heliostat.components.corruptions import CORRUPTIONS, corrupt
-from heliostat.datamodules.affine import jitter_affine
-from heliostat.datamodules.image_readers import DatasetPictures, Pictures, open_pictures, read_picture, resize_and_crop
-from heliostat.datamodules.loading import ClassBatchSampler, GlobalBatchSampler, ResumableLoader
+from heliostat.datamodules.image_readers import DatasetPictures, Pictures, open_pictures
+from heliostat.datamodules.loading import (
+    ClassBatchSampler,
+    GlobalBatchSampler,
+    ResumableLoader,
+    loader_arguments,
+    whole_batch,
+)
+from heliostat.datamodules.pixels import Augment, PixelPipeline
 from heliostat.datamodules.sources.glyphs import CHARACTERS, glyphs
+from heliostat.datamodules.splits import check_fractions, split_groups
 
 Split = Literal["classes", "images"]
-Augment = Literal["none", "light", "crop_flip"]
-
-_MEMORY = 2**30  # bytes that in_memory=None takes for the pictures of one set
 
 
 class LabelledImageDataModule(LightningDataModule):
@@ -132,19 +135,8 @@ class LabelledImageDataModule(LightningDataModule):
         super().__init__()
         if split not in get_args(Split):
             raise ValueError(f"split must be one of {', '.join(map(repr, get_args(Split)))}, got {split!r}")
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise ValueError(
-                "val_fraction and test_fraction must be >= 0 and leave something for training, got "
-                f"{val_fraction} and {test_fraction}"
-            )
-        if size < 1 or channels not in (1, 3):
-            raise ValueError(f"size must be >= 1 and channels 1 or 3, got size={size} and channels={channels}")
-        for name, values in (("mean", mean), ("std", std)):
-            if not isinstance(values, (int, float)) and len(values) not in (1, channels):
-                raise ValueError(f"{name} must be one number or one for each of {channels} channels, got {values!r}")
-        if not callable(augment) and augment not in get_args(Augment):
-            known = ", ".join(map(repr, get_args(Augment)))
-            raise ValueError(f"augment must be one of {known}, or a callable, got {augment!r}")
+        check_fractions(val_fraction, test_fraction)
+        self._pipeline = PixelPipeline(size, channels, mean, std, augment)
         self.test_names = _stream_names(corruptions)
         if severity not in range(1, 6):
             raise ValueError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
@@ -153,8 +145,7 @@ class LabelledImageDataModule(LightningDataModule):
         self.image_column, self.label_column, self.splits = image_column, label_column, splits
         self.split: Split = split
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
-        self.size, self.channels, self.mean, self.std = size, channels, mean, std
-        self.augment = augment
+        self.size, self.channels, self.augment = size, channels, augment
         self.batch_size, self.samples_per_class = batch_size, samples_per_class
         self.corruptions, self.severity = corruptions, severity
         self.eval_batch_size, self.in_memory = eval_batch_size, in_memory
@@ -217,13 +208,7 @@ class LabelledImageDataModule(LightningDataModule):
         return DataLoader(dataset, batch_size=self.eval_batch_size, **self._loader_arguments())
 
     def _loader_arguments(self) -> dict[str, Any]:
-        # Without a generator of its own, each pass of a loader draws from the global one, and validating more often
-        # would change the dropout of training.
-        return {
-            "num_workers": self.num_workers,
-            "generator": torch.Generator().manual_seed(self.seed),
-            "collate_fn": _as_it_is,
-        }
+        return {**loader_arguments(self.num_workers, self.seed), "collate_fn": whole_batch}
 
     @cached_property
     def _listed(self) -> _Listed:
@@ -261,10 +246,10 @@ class LabelledImageDataModule(LightningDataModule):
             names = [characters[label] for label in rendered.labels.tolist()]
             pictures: Pictures | Tensor = rendered.images.expand(-1, self.channels, -1, -1)
         else:
-            pictures = open_pictures(
+            opened = open_pictures(
                 source, argument, split=split, image_column=self.image_column, label_column=self.label_column
             )
-            names = pictures.class_names
+            pictures, names = opened, opened.class_names
         own_split = isinstance(pictures, DatasetPictures) and split != self.splits[0]
         if argument != "images" and source == self.images and not own_split:
             raise ValueError(f"{argument}={source!r} are the training pictures; None takes a part of them")
@@ -298,15 +283,13 @@ class LabelledImageDataModule(LightningDataModule):
         """Make a data set of a part, with its pictures in memory if they are to be there."""
         source, rows = self._listed.parts[name]
         pictures = source.pictures
-        transform: Callable[[Tensor], Tensor] | None = None
-        if name == "train" and self.augment not in ("none", "light"):
-            transform = self.augment if callable(self.augment) else _crop_flip(self.size)
+        pipeline = self._pipeline if name == "train" else replace(self._pipeline, augment="none")
         names = [source.class_names[row] for row in rows]
         if isinstance(pictures, Tensor):
             pictures = pictures[rows]
             rows = list(range(len(rows)))
-        elif transform is None and self._fits(len(rows)):
-            pictures, readable = self._read_all(pictures, rows, name)
+        elif pipeline.fits(len(rows), self.in_memory):
+            pictures, readable = pipeline.read_all(pictures, rows, name)
             names = [names[i] for i in readable]
             rows = list(range(len(readable)))
         if name in ("val", "test") and self.split == "classes":
@@ -324,36 +307,8 @@ class LabelledImageDataModule(LightningDataModule):
             rows=torch.tensor(rows),
             labels=torch.tensor([self._listed.labels[name] for name in names]),
             order=order,
-            size=self.size,
-            channels=self.channels,
-            mean=torch.tensor(self.mean, dtype=torch.float32).view(-1, 1, 1),
-            std=torch.tensor(self.std, dtype=torch.float32).view(-1, 1, 1),
-            transform=transform,
-            light=name == "train" and self.augment == "light",
+            pipeline=pipeline,
         )
-
-    def _fits(self, count: int) -> bool:
-        if self.in_memory is not None:
-            return self.in_memory
-        return count * self.channels * self.size**2 <= _MEMORY
-
-    def _read_all(self, pictures: Pictures, rows: list[int], name: str) -> tuple[Tensor, list[int]]:
-        """Decode and resize pictures; return them, and which of them could be read."""
-        read, readable, errors = [], [], []
-        for i, row in enumerate(rows):
-            try:
-                read.append(resize_and_crop(read_picture(pictures, row, self.channels), self.size))
-                readable.append(i)
-            except ValueError as error:  # noqa: PERF203 - nothing beside decoding
-                errors.append(str(error))
-        if not read:
-            raise ValueError(f"{name}: none of {len(rows)} pictures can be read; the first: {errors[0]}")
-        if errors:
-            rank_zero_warn(
-                f"{name}: left out {len(errors)} of {len(rows)} pictures, which cannot be read: {'; '.join(errors[:3])}"
-                + ("; ..." if len(errors) > 3 else "")
-            )
-        return torch.stack(read), readable
 
 
 class _Source(NamedTuple):
@@ -388,12 +343,7 @@ class _Images(Dataset):
     rows: Tensor
     labels: Tensor
     order: Tensor  # the picture at each position
-    size: int
-    channels: int
-    mean: Tensor
-    std: Tensor
-    transform: Callable[[Tensor], Tensor] | None
-    light: bool
+    pipeline: PixelPipeline
     stream: str | None = None
     severity: int = 5
 
@@ -403,44 +353,12 @@ class _Images(Dataset):
     def __getitems__(self, items: list[Any]) -> dict[str, Any]:
         positions, keys = zip(*(item if isinstance(item, tuple) else (item, item) for item in items), strict=True)
         index = self.order[list(positions)]
-        rows = self.rows[index]
-        if isinstance(self.pictures, Tensor) and self.transform is None:
-            pixels = self.pictures[rows].float() / 255
-        else:
-            pixels = torch.stack([self._picture(row, key) for row, key in zip(rows.tolist(), keys, strict=True)])
-        if self.light:
-            generator = torch.Generator()
-            draws = torch.stack([torch.rand(4, generator=generator.manual_seed(key)) for key in keys])
-            pixels = jitter_affine(pixels, draws, degrees=10, scale=0.1, shift=0.08)
+        pixels = self.pipeline.prepare_batch(self.pictures, self.rows[index], keys)
+        pixels = self.pipeline.jitter(pixels, keys)
         if self.stream not in (None, "clean"):
             pixels = corrupt(pixels, self.stream, self.severity, seed=index.tolist())
-        batch = {"pixel_values": (pixels - self.mean) / self.std, "labels": self.labels[index], "index": index}
+        batch = {"pixel_values": self.pipeline.normalise(pixels), "labels": self.labels[index], "index": index}
         return batch if self.stream is None else {**batch, "stream": self.stream}
-
-    def _picture(self, row: int, key: int) -> Tensor:
-        if isinstance(self.pictures, Tensor):
-            picture = self.pictures[row]
-        else:
-            picture = read_picture(self.pictures, row, self.channels)
-        if self.transform is not None:
-            state = torch.get_rng_state()
-            torch.default_generator.manual_seed(key)  # not torch.manual_seed, which seeds the GPUs too
-            try:
-                picture = self.transform(picture)
-            finally:
-                torch.set_rng_state(state)
-        picture = resize_and_crop(picture, self.size)
-        return picture if picture.is_floating_point() else picture.float() / 255
-
-
-def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
-    """Collate nothing: the data set makes whole batches."""
-    return batch
-
-
-def _crop_flip(size: int) -> Callable[[Tensor], Tensor]:
-    transforms = require("torchvision.transforms.v2", "augment='crop_flip'")
-    return transforms.Compose([transforms.RandomResizedCrop(size, antialias=True), transforms.RandomHorizontalFlip()])
 
 
 def _stream_names(corruptions: str | Sequence[str] | None) -> list[str]:
@@ -463,29 +381,35 @@ def _split_off(
     for row in source.rows:
         rows_of.setdefault(source.class_names[row], []).append(row)
     groups = [rows_of[name] for name in sorted(rows_of)]
-    generator = torch.Generator().manual_seed(seed)
-    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
     if split == "classes":
-        shuffled = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
-        val, test = (max(1, round(f * len(groups))) if f else 0 for f in (val_fraction, test_fraction))
-        for i, rows in enumerate(shuffled):
-            parts[1 if i < val else 2 if i < val + test else 0].extend(rows)
+        parts = split_groups(groups, val_fraction, test_fraction, seed)
     else:
-        total = 0
-        for rows in groups:
-            # Shares of the running total, so that small classes get theirs too; one picture stays for training.
-            total += len(rows)
-            shuffled_rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
-            for part, fraction in ((1, val_fraction), (2, test_fraction)):
-                take = min(max(0, round(fraction * total) - len(parts[part])), len(shuffled_rows) - 1)
-                parts[part].extend(shuffled_rows[:take])
-                shuffled_rows = shuffled_rows[take:]
-            parts[0].extend(shuffled_rows)
+        parts = _split_each(groups, val_fraction, test_fraction, seed)
     for rows, name, wanted in zip(parts, ("train", "val", "test"), (True, val_fraction, test_fraction), strict=True):
         if wanted and not rows:
             raise ValueError(
                 f"images has {len(source.rows)} pictures of {len(groups)} classes; val_fraction={val_fraction} and "
                 f"test_fraction={test_fraction} of its {split} leave none for {name}"
             )
+    return parts
+
+
+def _split_each(
+    groups: list[list[int]], val_fraction: float, test_fraction: float, seed: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Divide every group among training, validation and test."""
+    generator = torch.Generator().manual_seed(seed)
+    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
+    total = 0
+    for rows in groups:
+        # Shares of the running total, so that small classes get theirs too; one picture stays for training.
+        total += len(rows)
+        shuffled = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+        for part, fraction in ((1, val_fraction), (2, test_fraction)):
+            take = min(max(0, round(fraction * total) - len(parts[part])), len(shuffled) - 1)
+            parts[part].extend(shuffled[:take])
+            shuffled = shuffled[take:]
+        parts[0].extend(shuffled)
+    for rows in parts:
         rows.sort()
     return parts

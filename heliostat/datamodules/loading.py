@@ -38,6 +38,20 @@ def local_batch_size(batch_size: int, world_size: int, argument: str = "batch_si
     return batch_size // world_size
 
 
+def loader_arguments(num_workers: int, seed: int) -> dict[str, Any]:
+    """Return what every loader is given.
+
+    Without a generator of its own, each pass of a loader draws from the global one, and validating more often would
+    change the dropout of training.
+    """
+    return {"num_workers": num_workers, "generator": torch.Generator().manual_seed(seed)}
+
+
+def whole_batch(batch: T) -> T:
+    """Collate nothing, for a data set that makes whole batches in ``__getitems__``."""
+    return batch
+
+
 class GlobalBatchSampler(DistributedSampler[int]):
     """Shuffle once for all processes, and give each its slice of every global batch.
 
