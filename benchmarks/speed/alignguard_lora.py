@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from benchmarks.speed import Case, Factory, Run, Speed
 from heliostat import AlignGuard
@@ -72,7 +73,7 @@ def step(rank: int, guarded: bool) -> Factory:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, [batch])
+        trainer.fit(module, DataLoader([batch], batch_size=None))  # type: ignore[arg-type]
         module.to(device)
         logged: Any = lambda *_, **__: None  # noqa: E731 - outside of a fit nothing can be logged
         module.log_dict = logged
