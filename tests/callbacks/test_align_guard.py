@@ -660,3 +660,22 @@ def test_adapters_of_embeddings_are_left_out_and_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="1 LoRA layers adapt no linear layer and are not guarded: .*embed_tokens"):
         fit(tmp_path, LanguageModel(target_modules=["embed_tokens", "q_proj"]), guard, max_steps=1)
     assert len(guard.fisher) == 2  # type: ignore[arg-type]
+
+
+def test_alignment_data_by_the_name_of_a_method(tmp_path: Path) -> None:
+    """As a config file gives it."""
+
+    class WithRefusals(Plain):
+        def refusals(self) -> DataLoader:
+            return DataLoader(Plain.data(1), batch_size=4)
+
+    def penalty(source: Any) -> float:
+        guard = AlignGuard(source, **{**STRONG, **Plain.guard})
+        torch.manual_seed(0)
+        trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[guard])
+        trainer.fit(WithRefusals(), loader_for(Plain))
+        return float(trainer.callback_metrics["align_guard/penalty"])
+
+    assert penalty("refusals") == penalty(WithRefusals().refusals()) > 0
+    with pytest.raises(MisconfigurationException, match="neither the data module nor WithRefusals has a method 'no'"):
+        penalty("no")

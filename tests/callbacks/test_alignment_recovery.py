@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from heliostat import AlignmentRecovery, cli, recover_checkpoint
+from heliostat.callbacks import _recovery
 from tests.harness import ProcessPool, quiet_trainer, weights, word_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -303,6 +304,24 @@ def test_exclude_and_harmful_rate(tmp_path: Path) -> None:
     fit(tmp_path, foreign, callback)
     assert callback.restorations.counts().keys() == {"model.0.weight", "model.2.weight"}
     assert {line.harmful_rate for line in callback.result.history} == {0.25}
+    assert callback.result.initial_harmful_rate == 0.25
+
+
+def test_picture_of_the_recovery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score and harmful rate from the start on; without matplotlib the weights are saved all the same."""
+    foreign = FOREIGN["linear"]
+    callback = recovery(foreign, harmful_rate=lambda module: 0.25)
+    fit(tmp_path, foreign, callback)
+    assert (tmp_path / "alignment_recovery.png").stat().st_size > 5000
+    (axes,) = _recovery.figure(callback.reports).axes
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert curves["harmful rate"] == [[step, 0.25] for step in range(5)]
+    history = [(0, callback.result.initial_score), *((line.step, line.score) for line in callback.result.history)]
+    assert curves["task score"] == [list(point) for point in history]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.warns(UserWarning, match=r"picture of a recovery needs the package `matplotlib`.*heliostat\[data\]"):
+        fit(tmp_path / "without", foreign, recovery(foreign))
+    assert (tmp_path / "without" / "recovered.safetensors").is_file()
 
 
 # --- the task's score ------------------------------------------------------------------------------------------------

@@ -142,6 +142,24 @@ def test_stage_1_trains_the_adapter_alone(tmp_path: Path) -> None:
     assert trainer.callback_metrics["val/zero_shot_accuracy"].isfinite()
 
 
+def test_batchnorm_of_the_tower_keeps_its_statistics(tmp_path: Path) -> None:
+    """So that the teacher, in evaluation mode, and the student begin as one."""
+    module = tiny_module(2, tiny_tower(0.0, batchnorm=True), **NO_DROPOUT, reg_weight=0.5)
+    before = weights(module)
+    seen = {}
+
+    class FirstLoss(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.setdefault("instance", float(trainer.callback_metrics["train/instance"]))
+
+    quiet_trainer(tmp_path, max_steps=2, callbacks=[FirstLoss()]).fit(module, Pairs())
+    assert seen["instance"] == pytest.approx(0, abs=1e-10)
+    for name, value in module.state_dict().items():
+        if "running_" in name:
+            assert torch.equal(value, before[name]), name
+    assert not torch.equal(module.image_encoder[2].weight, before["image_encoder.2.weight"])
+
+
 def test_stage_1_without_image_tower(tmp_path: Path) -> None:
     module = ProCLIP(None, WIDTH, OUT)
     data = Pairs(order="t")

@@ -26,7 +26,7 @@ _UNKNOWN = "<unknown>"
 
 
 class WordTower(nn.Module):
-    """Text tower of one transformer block over whole words; words that it does not know are one and the same to it.
+    """Text tower of one transformer block over whole words, in any order; words that it does not know are all one to it.
 
     Args:
         words: Its vocabulary.
@@ -115,7 +115,12 @@ def _tiny_clip(seed: int, output_dim: int, size: int) -> tuple[Any, nn.Module]:
 
 
 def fit_towers(
-    image: nn.Module, text: nn.Module, pictures: Tensor, captions: Sequence[str], steps: int = 400, lr: float = 1e-3
+    image: nn.Module,
+    text: nn.Module,
+    pictures: Tensor,
+    captions: Sequence[str],
+    steps: int = 400,
+    batch_size: int = 256,
 ) -> float:
     """Train an image and a text tower contrastively on pairs, from global random numbers.
 
@@ -124,18 +129,18 @@ def fit_towers(
         text: Maps a list of B strings to ``(B, d)``.
         pictures: ``(N, ...)``.
         captions: N texts.
-        steps: Of 256 pairs, by AdamW with a one-cycle schedule.
-        lr: Its highest learning rate.
+        steps: Of AdamW, at up to 1e-3 by a one-cycle schedule.
+        batch_size: Pairs a step, drawn with replacement.
 
     Returns:
         The logarithm of the logit scale.
     """
     log_scale = torch.tensor(1 / 0.07).log().requires_grad_()
     parameters = [*image.parameters(), *text.parameters(), log_scale]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     for _ in range(steps):
-        rows = torch.randint(len(captions), (256,))
+        rows = torch.randint(len(captions), (batch_size,))
         loss = grouped_contrastive_loss(
             image(pictures[rows]), text([captions[i] for i in rows.tolist()]), log_scale.exp()
         )
