@@ -65,14 +65,10 @@ def contender(rows: int, make: Callable[[], Loss]) -> Factory:
 
 
 def _case(rows: int) -> Case:
-    peers = {}
-    if rows < 20_000:
-        peers["open_clip ClipLoss"] = contender(rows, open_clip)
-    if rows > 10_000:
-        peers["checkpointed chunks"] = contender(rows, checkpointed)
+    peer = ("open_clip ClipLoss", open_clip) if rows < 20_000 else ("checkpointed chunks", checkpointed)
     return Case(
         ours={"heliostat": contender(rows, lambda: grouped_contrastive_loss)},
-        peers=peers,
+        peers={peer[0]: contender(rows, peer[1])},
         repeats=3 if rows > 10_000 else None,
     )
 
@@ -80,7 +76,7 @@ def _case(rows: int) -> Case:
 SPEED = Speed(
     summary=f"Normalisation, InfoNCE both ways, forward and backward to images, texts and logit scale, float32, "
     f"d = {DIM}, one process. Peers: open_clip's `ClipLoss` on features that are normalised by `F.normalize`, up to "
-    f"N = 16384, where it takes many times the 1 GiB of the logits; and, from there on, cross entropy over chunks of "
+    f"N = 16384, where it takes many times the 1 GiB of the logits; and, beyond that, cross entropy over chunks of "
     f"{CHUNK} rows under `torch.utils.checkpoint`, which is what one would write without them.",
     cases={f"N={rows}": _case(rows) for rows in (1024, 4096, 16384, 32768)},
 )

@@ -26,7 +26,7 @@ _UNKNOWN = "<unknown>"
 
 
 class WordTower(nn.Module):
-    """Text tower of one transformer block over whole words, in any order; words that it does not know are all one to it.
+    """Text tower of one transformer block over whole words in any order; those that it does not know are one to it.
 
     Args:
         words: Its vocabulary.
