@@ -124,7 +124,10 @@ def select_top_gradients(
         )
     largest: Tensor | None = None  # the count largest so far: never all magnitudes of the model at once
     for name, grad in named_grads.items():
-        magnitudes = _magnitudes(grad)[named_eligible[name].bool()]
+        magnitudes, candidates = _magnitudes(grad), named_eligible[name].bool()
+        if largest is not None and 0 < count == largest.numel():  # smaller ones cannot be among them any more
+            candidates = candidates & (magnitudes > largest.min())
+        magnitudes = magnitudes[candidates]
         largest = _top(magnitudes if largest is None else torch.cat([largest, _top(magnitudes, count)]), count)
     if largest is None or largest.numel() == 0:
         masks = {name: torch.zeros_like(mask, dtype=torch.bool) for name, mask in named_eligible.items()}
@@ -184,8 +187,10 @@ class RestorationLog:
             index = mask.flatten().nonzero().squeeze(1)
             if len(index):
                 entries[name] = (index.cpu(), params[name].detach().flatten()[index].cpu())
+                target = targets[name]
+                _write_(params[name], index, target.flatten()[index.to(target.device)])
         self.steps.append(entries)
-        return restore_({name: params[name] for name in entries}, targets, masks)
+        return sum(len(index) for index, _ in entries.values())
 
     def rollback_(self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], rate: float) -> int:
         """Undo that part of the last step's entries which hurts most: the method's rollback step.
