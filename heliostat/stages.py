@@ -15,7 +15,6 @@ class Stage(NamedTuple):
 
     name: str
     args: list[str]  # the whole command line, with what is peculiar to the stage
-    resumed: bool  # goes on from a checkpoint of its own, not from the stage before
 
 
 def split_stages(args: list[str]) -> list[Stage]:
@@ -58,7 +57,6 @@ def split_stages(args: list[str]) -> list[Stage]:
             name,
             [*args[:place], "--config", json.dumps(stages[name]), *args[place:]]
             + (["--ckpt_path=null"] if resumed and name != names[first] else []),
-            resumed and name == names[first],
         )
         for name in names[first:]
     ]
