@@ -17,6 +17,7 @@ _EXTRA_OF = {
     "fontTools": "data",  # comes with matplotlib
     "datasets": "data",
     "pyarrow": "data",
+    "sklearn": "data",
     "timm": "vision",
     "open_clip": "vision",
     "torchvision": "vision",

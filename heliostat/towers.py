@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -26,28 +26,58 @@ from heliostat.pretrained import find_model_file, load_efficientnet_lite0_, load
 
 TextPooling = Literal["mean", "last", "cls"]
 Precision = Literal["float32", "bfloat16", "float16"]
-_PACKAGED_LITE0 = "package:efficientnet_lite0"
+PACKAGED_LITE0 = "package:efficientnet_lite0"
 _SENTENCE_POOLING: dict[str, TextPooling] = {"mean": "mean", "lasttoken": "last", "cls": "cls"}
 _REPLACEMENT = "; in its place, give any callable from list[str] to (N, d), with a fingerprint if it is to be cached"
 
 
-class _FrozenTextTower(nn.Module):
-    """A frozen model of texts: always in eval mode, without gradients, outside autocast."""
+class FrozenNetwork(nn.Module):
+    """A frozen model: always in eval mode, its weights without gradients."""
 
     network: Any
-    output_dim: int
-    batch_size: int
 
-    def _freeze(self, batch_size: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.batch_size = batch_size
+    def _freeze(self) -> None:
         self.requires_grad_(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> _FrozenTextTower:
+    def train(self, mode: bool = True) -> FrozenNetwork:
         """Stay in eval mode, whatever ``mode``: a frozen model has no dropout."""
         return super().train(False)
+
+    def _settings(self) -> dict[str, Any]:
+        """All that decides an output, but for the weights."""
+        raise NotImplementedError
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of weights and settings: equal fingerprints give equal outputs, wherever loaded from."""
+        identity = {"weights": weights_fingerprint(self), **self._settings()}
+        return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class FrozenTextModel(FrozenNetwork):
+    """A frozen model of texts."""
+
+    batch_size: int
+
+    def _freeze_for(self, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self._freeze()
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """The rows of each batch: texts of like length together, the longest first."""
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"texts must be a list of strings, got {texts!r:.200}")
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+        return (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
+
+
+class _FrozenTextTower(FrozenTextModel):
+    """One vector a text."""
+
+    output_dim: int
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -62,29 +92,15 @@ class _FrozenTextTower(nn.Module):
         Raises:
             ValueError: If a text is no string, or has no token.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"texts must be a list of strings, got {texts!r:.200}")
         device = next(self.parameters()).device
         embeddings = torch.empty(len(texts), self.output_dim, device=device)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
         with torch.autocast(device.type, enabled=False):
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
+            for rows in self._batches(texts):
                 embeddings[rows] = self._embed([texts[i] for i in rows], device).float()
         return embeddings
 
     def _embed(self, texts: list[str], device: torch.device) -> Tensor:
         raise NotImplementedError
-
-    def _settings(self) -> dict[str, Any]:
-        """All that decides an embedding, but for the weights."""
-        raise NotImplementedError
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of weights, tokenizer and settings: equal fingerprints give equal embeddings, wherever loaded from."""
-        identity = {"weights": weights_fingerprint(self), **self._settings()}
-        return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 class TextEmbedder(_FrozenTextTower):
@@ -152,18 +168,11 @@ class TextEmbedder(_FrozenTextTower):
             raise ValueError(f"name_or_path={name_or_path!r}: {type(model).__name__} is no model of texts alone")
         self.output_dim = self.embedding_dim = saved.dense[-1][1] if saved.dense else hidden_size
 
-        positions = getattr(self.network.config, "max_position_embeddings", None) or 2**31
-        if max_length is not None and not 1 <= max_length <= positions:
-            raise ValueError(f"max_length must be from 1 to {positions}, the model's positions, got {max_length}")
+        positions = check_max_length(self.network.config, max_length)
         known = saved.max_length or min(self.tokenizer.model_max_length, saved.unknown_max_length)
         self.max_length: int = max_length or min(known, positions)
-        if self.tokenizer.pad_token is None:
-            if self.tokenizer.eos_token is None:
-                raise ValueError(f"the tokenizer of {name_or_path!r} has neither a pad nor an eos token; give it one")
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        # Positions then count from the text's first token, as without padding, whatever the model's kind of positions.
-        self.tokenizer.padding_side = "right"
-        self._freeze(batch_size)
+        pad_on_the_right(self.tokenizer, name_or_path)
+        self._freeze_for(batch_size)
 
     def _embed(self, texts: list[str], device: torch.device) -> Tensor:
         before, after = self.prompt.split("{}")
@@ -185,13 +194,10 @@ class TextEmbedder(_FrozenTextTower):
         return F.normalize(pooled, dim=-1) if self.normalize else pooled
 
     def _settings(self) -> dict[str, Any]:
-        config = self.network.config.to_diff_dict()
-        for name in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"):
-            config.pop(name, None)  # nothing of what the model computes
         names = ("pooling", "prompt", "max_length", "normalize")
         return {
-            "config": config,
-            "tokenizer": _serialized(self.tokenizer),
+            "config": computed_by(self.network.config),
+            "tokenizer": serialized(self.tokenizer),
             "truncation_side": self.tokenizer.truncation_side,
             "dense": [repr(layer) for layer in self.dense],
             "dtype": str(next(self.network.parameters()).dtype),
@@ -226,14 +232,14 @@ class OpenCLIPTextTower(_FrozenTextTower):
         self.output_dim = config["embed_dim"]
         self.tokenizer = require("open_clip", f"The tokenizer of {name!r}").get_tokenizer(_cleaned(name))
         self._config = {"text": config["text_cfg"], "quick_gelu": config.get("quick_gelu", False)}
-        self._freeze(batch_size)
+        self._freeze_for(batch_size)
 
     def _embed(self, texts: list[str], device: torch.device) -> Tensor:
         return self.network.encode_text(self.tokenizer(texts).to(device), normalize=False)
 
     def _settings(self) -> dict[str, Any]:
         tokenizer = getattr(self.tokenizer, "tokenizer", None)  # one of transformers, or open_clip's own
-        vocabulary = list(self.tokenizer.encoder) if tokenizer is None else _serialized(tokenizer)
+        vocabulary = list(self.tokenizer.encoder) if tokenizer is None else serialized(tokenizer)
         return {"config": self._config, "tokenizer": vocabulary}
 
 
@@ -300,20 +306,7 @@ class TimmImageTower(nn.Module):
         self, name: str, output_dim: int, *, pretrained: bool = False, gradient_checkpointing: bool = False
     ) -> None:
         super().__init__()
-        packaged = name == _PACKAGED_LITE0
-        network: Any = timm_network(
-            "tf_efficientnet_lite0" if packaged else name,
-            pretrained=pretrained and not packaged,
-            num_classes=None if packaged else 0,
-            in_channels=None,
-        )
-        config = require("timm.data", f"The network {name!r}").resolve_model_data_config(network)
-        self.image_size = _side(config["input_size"][1:])
-        self.image_mean, self.image_std = tuple(config["mean"]), tuple(config["std"])
-        if packaged:
-            load_efficientnet_lite0_(network)
-            network.reset_classifier(0)
-            self.image_mean, self.image_std = (127 / 255,) * 3, (128 / 255,) * 3
+        network, (self.image_size, self.image_mean, self.image_std) = timm_features(name, pretrained=pretrained)
         if gradient_checkpointing:
             _checkpoint(network, name)
         self.network, self.output_dim = network, output_dim
@@ -322,6 +315,41 @@ class TimmImageTower(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Embeddings ``(B, d)``, not normalised, of pictures ``(B, 3, H, W)``."""
         return self.projection(self.network(pixel_values))
+
+
+class Preparation(NamedTuple):
+    """How pictures must be prepared for a network."""
+
+    size: int | tuple[int, int]  # side, or (height, width)
+    mean: tuple[float, ...]  # to subtract from pictures in 0..1
+    std: tuple[float, ...]  # to divide by thereafter
+
+
+def timm_features(name: str, *, pretrained: bool) -> tuple[Any, Preparation]:
+    """Build a network of timm without its classifier, and find out how its pictures must be prepared.
+
+    Args:
+        name: As in `timm_network`, or ``"package:efficientnet_lite0"`` (see `TimmImageTower`).
+        pretrained: Load timm's pretrained weights.
+
+    Raises:
+        ValueError: If timm does not know the name.
+        ModuleNotFoundError: If timm, or the package with the weights, is not installed.
+    """
+    packaged = name == PACKAGED_LITE0
+    network: Any = timm_network(
+        "tf_efficientnet_lite0" if packaged else name,
+        pretrained=pretrained and not packaged,
+        num_classes=None if packaged else 0,
+        in_channels=None,
+    )
+    config = require("timm.data", f"The network {name!r}").resolve_model_data_config(network)
+    preparation = Preparation(_side(config["input_size"][1:]), tuple(config["mean"]), tuple(config["std"]))
+    if packaged:
+        load_efficientnet_lite0_(network)
+        network.reset_classifier(0)
+        preparation = preparation._replace(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    return network, preparation
 
 
 def timm_network(name: str, *, pretrained: bool, num_classes: int | None, in_channels: int | None) -> nn.Module:
@@ -440,7 +468,41 @@ def _read_json(name_or_path: str, filename: str) -> Any:
     return None if path is None else json.loads(path.read_text("utf-8"))
 
 
-def _serialized(tokenizer: Any) -> Any:
+def check_max_length(config: Any, max_length: int | None) -> int:
+    """The number of positions of a model of transformers, if ``max_length`` fits them.
+
+    Raises:
+        ValueError: It does not.
+    """
+    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    if max_length is not None and not 1 <= max_length <= positions:
+        raise ValueError(f"max_length must be from 1 to {positions}, the model's positions, got {max_length}")
+    return positions
+
+
+def pad_on_the_right(tokenizer: Any, name_or_path: str) -> None:
+    """Make a tokenizer pad behind the text, by its eos token if it has no pad token.
+
+    Raises:
+        ValueError: It has neither.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {name_or_path!r} has neither a pad nor an eos token; give it one")
+        tokenizer.pad_token = tokenizer.eos_token
+    # Positions then count from the text's first token, as without padding, whatever the model's kind of positions.
+    tokenizer.padding_side = "right"
+
+
+def computed_by(config: Any) -> dict[str, Any]:
+    """The part of a configuration of transformers that decides what the model computes."""
+    described = config.to_diff_dict()
+    for name in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"):
+        described.pop(name, None)
+    return described
+
+
+def serialized(tokenizer: Any) -> Any:
     """What a tokenizer of transformers makes of texts, without the padding and truncation of its last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # written in Python

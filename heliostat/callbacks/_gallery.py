@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -118,7 +120,7 @@ class Gallery(Callback):
         if isinstance(found, str):
             rank_zero_warn(f"{type(self).__name__} has drawn nothing: {found}")
         elif trainer.is_global_zero:
-            with _one_warning_of_missing_glyphs():
+            with one_warning_of_missing_glyphs():
                 save_figure(trainer, self._figure(*found), path)
             rank_zero_info(f"gallery: {path}")
 
@@ -271,10 +273,18 @@ def gallery_figure(
     return figure
 
 
-def show_picture(axes: Any, picture: Tensor, left: float, bottom: float, frame: str, linewidth: float) -> None:
-    """Draw a picture ``(C, H, W)``, from its own darkest to its own brightest value, into a square of side 0.9."""
-    picture = picture - picture.min()
-    picture = picture / picture.max().clamp_min(1e-12)
+def show_picture(
+    axes: Any,
+    picture: Tensor,
+    left: float,
+    bottom: float,
+    frame: str,
+    linewidth: float,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Draw a picture ``(C, H, W)`` into a square of side 0.9; black and white are ``limits``, or its own extremes."""
+    low, high = limits or (picture.min(), picture.max())
+    picture = ((picture - low) / max(high - low, 1e-12)).clamp(0, 1)
     rows, columns = picture.shape[1:]
     height, width = (0.9 * side / max(rows, columns) for side in (rows, columns))
     left, bottom = left + (0.9 - width) / 2, bottom + (0.9 - height) / 2
@@ -285,8 +295,16 @@ def show_picture(axes: Any, picture: Tensor, left: float, bottom: float, frame: 
     axes.add_patch(rectangle((left, bottom), width, height, fill=False, edgecolor=frame, linewidth=linewidth))
 
 
+def wrap(caption: str, columns: int, lines: int) -> str:
+    """The lines of a caption; what does not fit is left out, with an ellipsis."""
+    caption = caption.encode("utf-8", "replace").decode().replace("\0", "")  # half a surrogate pair cannot be drawn
+    # Chinese, Japanese and Korean characters are two columns wide, of which a NUL stands for the second.
+    wide = "".join(c + "\0" if unicodedata.east_asian_width(c) in "WF" else c for c in caption)
+    return textwrap.fill(wide, columns, max_lines=lines, placeholder=" …").replace("\0", "")
+
+
 @contextmanager
-def _one_warning_of_missing_glyphs() -> Iterator[None]:
+def one_warning_of_missing_glyphs() -> Iterator[None]:
     """Say once what matplotlib says of every character that its fonts lack, every time it draws one."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", message=_MISSING_GLYPH)

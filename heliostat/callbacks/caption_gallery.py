@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +20,7 @@ from heliostat.callbacks._gallery import (
     embed,
     gallery_figure,
     ready_to_embed,
+    wrap,
 )
 from heliostat.components.retrieval import nearest_neighbors
 
@@ -161,7 +160,7 @@ class CaptionGallery(Gallery):
         def show_query(axes: Any, row: int, bottom: float) -> None:
             # A dollar sign does not begin a formula, and what is too wide in spite of all goes behind the pictures.
             style = {"va": "center", "fontsize": 8, "parse_math": False, "zorder": -1}
-            axes.text(0.05, bottom + 0.45, _wrap(captions[row]), **style)
+            axes.text(0.05, bottom + 0.45, wrap(captions[row], _LINE, _LINES), **style)
 
         return gallery_figure(lookups, groups, pictures, title, neighbors_from=2.5, show_query=show_query)
 
@@ -178,11 +177,3 @@ def _refusal(problem: str) -> str:
         f"index, and one of texts, with text, text_embeddings, group and index, but {problem}. Change the data module, "
         "or remove the callback."
     )
-
-
-def _wrap(caption: str) -> str:
-    """The lines of a caption; what does not fit is left out, with an ellipsis."""
-    caption = caption.encode("utf-8", "replace").decode().replace("\0", "")  # half a surrogate pair cannot be drawn
-    # Chinese, Japanese and Korean characters are two columns wide, of which a NUL stands for the second.
-    columns = "".join(c + "\0" if unicodedata.east_asian_width(c) in "WF" else c for c in caption)
-    return textwrap.fill(columns, _LINE, max_lines=_LINES, placeholder=" …").replace("\0", "")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -155,7 +156,16 @@ class CachedTextEmbeddings:
         dtype: CacheDtype = "float32",
         batch_size: int = 1024,
     ) -> CachedTextEmbeddings:
-        """Open the cache of a fingerprint, after embedding those of the texts that it lacks; arguments as `build`."""
+        """Open the cache of a fingerprint, after embedding those of the texts that it lacks; arguments as `build`.
+
+        Damaged files are deleted with a warning.
+        """
+        for file in _find_files(folder, fingerprint, dtype):
+            try:
+                _open_table(file, fingerprint)
+            except ValueError as error:  # noqa: PERF203 - a few files
+                warnings.warn(f"{error}. It is deleted, and its texts are embedded anew", stacklevel=2)
+                file.unlink(missing_ok=True)
         if _find_files(folder, fingerprint, dtype):
             cache = cls.open(folder, fingerprint, dtype=dtype)
             texts = cache.missing(texts)

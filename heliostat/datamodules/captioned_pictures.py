@@ -11,28 +11,38 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from heliostat.datamodules.captions import Captions, caption_texts
-from heliostat.datamodules.hub import check_columns, load_dataset, looks_like_hub_id
-from heliostat.datamodules.image_readers import DatasetPictures, FilePictures, ImageFile, Pictures
+from heliostat.datamodules.hub import check_columns, is_saved_dataset, load_dataset, looks_like_hub_id
+from heliostat.datamodules.image_readers import (
+    IMAGE_SUFFIXES,
+    DatasetPictures,
+    FilePictures,
+    ImageFile,
+    ListedPictures,
+    open_pictures,
+)
 from heliostat.datamodules.readers import SUFFIXES, Row, read_rows
+from heliostat.datamodules.sources.digits import NAMES, digits
 from heliostat.datamodules.sources.twemoji import twemoji
 from heliostat.datamodules.webdataset_shards import index_shards, looks_like_shards
 
 _TABLES = tuple(suffix for suffix in SUFFIXES if suffix != ".txt")  # lines have no columns
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst")
+_DATA_FILES = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl")  # of a data set, even with pictures beside them
 
 
 @dataclass
 class CaptionedPictures:
-    """Encoded pictures, their captions (at least one each), and what else is known of them.
+    """Encoded pictures, their captions, and what else is known of them.
 
     Attributes:
         pictures: The pictures.
-        captions: The captions of each.
+        captions: The captions of each: at least one, or none of any.
         class_names: The class of each, "" if unknown; None: there are no classes.
         concepts: What each shows; rows of one concept belong in the same part of a split. None: rows with the same
             captions do.
     """
 
-    pictures: Pictures
+    pictures: ListedPictures
     captions: Captions
     class_names: Sequence[str] | None = None
     concepts: Sequence[str] | None = None
@@ -44,7 +54,7 @@ class Columns:
 
     Attributes:
         image: Column of the pictures.
-        captions: Columns of the captions.
+        captions: Columns of the captions; none: they are not read, nor missed.
         label: Column of the classes; None: no classes.
         image_root: Folder of the paths in a table; None: that of the table.
         encoding: Encoding of a text file.
@@ -58,25 +68,47 @@ class Columns:
 
 
 def is_dataset(source: str | Sequence[str]) -> bool:
-    """Tell a Hugging Face data set (a directory or an id on the Hub) from files, by its name where nothing exists."""
-    if not isinstance(source, str) or source == "twemoji" or Path(source).expanduser().is_file():
+    """Tell a Hugging Face data set (a directory or an id on the Hub) from files, by its name where nothing exists.
+
+    A directory is none if pictures lie in it and no data files: then it is an image folder.
+    """
+    if not isinstance(source, str) or source in ("twemoji", "digits"):
         return False
-    files = (*SUFFIXES, ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst")
-    return Path(source).expanduser().is_dir() or looks_like_hub_id(source, files)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return is_saved_dataset(path) or not _is_image_folder(path)
+    return not path.is_file() and looks_like_hub_id(source, (*SUFFIXES, *_ARCHIVES))
+
+
+def _is_image_folder(folder: Path) -> bool:
+    for _, _, names in os.walk(folder, followlinks=True):
+        if any(name.lower().endswith(_DATA_FILES) for name in names):
+            return False
+        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
+            return True
+    return False
 
 
 def open_captioned(
-    source: str | Sequence[str], argument: str, columns: Columns, *, split: str, cache_dir: Path | None
+    source: str | Sequence[str],
+    argument: str,
+    columns: Columns,
+    *,
+    split: str,
+    cache_dir: Path | None,
+    unsorted: bool = False,
 ) -> CaptionedPictures:
     """List the pictures of a source that have a caption; what has none is counted in a warning.
 
     Args:
-        source: ``"twemoji"``; webdataset shards (see `index_shards`), tables of paths and captions (see `read_rows`),
-            or a Hugging Face data set.
+        source: ``"twemoji"``; ``"digits"``; image folders and zip archives of such (see `open_pictures`), whose
+            captions are the names of the classes; webdataset shards (see `index_shards`), tables of paths and captions
+            (see `read_rows`), or a Hugging Face data set.
         argument: The caller's argument that holds ``source``, for error messages.
         columns: Where things stand.
         split: Split of a data set.
         cache_dir: Where the index of shards is kept.
+        unsorted: Take image folders whose pictures lie in no class folder, too: without class and caption.
 
     Raises:
         FileNotFoundError: There is no such file or data set; or none of the first pictures of a table.
@@ -90,17 +122,39 @@ def open_captioned(
             [one.category for one in emoji],
             [one.concept for one in emoji],
         )
+    if source == "digits":
+        pictures = digits()
+        names = [NAMES[label] for label in pictures.labels]
+        return CaptionedPictures(
+            pictures, Captions([name] for name in names), [str(label) for label in pictures.labels], _each(names)
+        )
     if is_dataset(source):
         return _open_dataset(str(source), argument, columns, split)
     paths = [source] if isinstance(source, str) else list(source)
     if paths and all(map(looks_like_shards, paths)):
         return _open_shards(paths, argument, columns, cache_dir)
+    if paths and all(path.lower().endswith(".zip") or Path(path).expanduser().is_dir() for path in paths):
+        return _open_folders(paths, argument, unsorted)
     if unknown := [path for path in paths if not path.lower().endswith(_TABLES)]:
         raise ValueError(
-            f"{argument}: cannot tell what {unknown[0]!r} is. Give 'twemoji', shards (all named .tar), tables "
-            f"(named {', '.join(_TABLES)}), a directory that holds a Hugging Face data set, or its id on the Hub"
+            f"{argument}: cannot tell what {unknown[0]!r} is. Give 'twemoji', 'digits', shards (all named .tar), "
+            f"tables (named {', '.join(_TABLES)}), image folders or .zip archives of such, a directory that holds a "
+            "Hugging Face data set, or its id on the Hub"
         )
     return _open_tables(paths, argument, columns)
+
+
+def _open_folders(paths: list[str], argument: str, unsorted: bool) -> CaptionedPictures:
+    pictures = open_pictures(paths, argument, split="", image_column="", label_column="", unsorted=unsorted)
+    names = pictures.class_names
+    if "" not in names:
+        return CaptionedPictures(pictures, Captions([name] for name in names), names, _each(names))
+    return CaptionedPictures(pictures, Captions([] for _ in names), None, _each(names))
+
+
+def _each(rows: Sequence[str]) -> list[str]:
+    """Every picture a concept of its own, where captions are classes, which no part of a split may lack."""
+    return [str(row) for row in range(len(rows))]
 
 
 def _open_shards(paths: list[str], argument: str, columns: Columns, cache_dir: Path | None) -> CaptionedPictures:
@@ -124,7 +178,7 @@ def _open_tables(paths: list[str], argument: str, columns: Columns) -> Captioned
     for row in read_rows(paths, wanted, encoding=columns.encoding, argument=names):
         total += 1
         texts = caption_texts(row.values[1 : 1 + len(columns.captions)], row.where)
-        if texts and row.values[0]:
+        if row.values[0] and (texts or not columns.captions):
             label = row.values[-1] if columns.label is not None else None
             files.append(ImageFile("" if label is None else str(label), _picture_path(row, argument, columns)))
             captions.append(texts)
@@ -162,7 +216,9 @@ def _open_dataset(source: str, argument: str, columns: Columns, split: str) -> C
     label = None if columns.label is None else str(columns.label)
     values = zip(*(data[column][:] for column in columns.captions), strict=True)
     rows = [caption_texts(row, f"{source} ({split}), row {number}") for number, row in enumerate(values, 1)]
-    if kept := [number for number, texts in enumerate(rows) if texts]:
+    if not columns.captions:
+        rows = [[] for _ in range(len(data))]
+    if kept := [number for number, texts in enumerate(rows) if texts or not columns.captions]:
         if len(kept) < len(rows):
             rank_zero_warn(f"{argument}: passed over {len(rows) - len(kept)} of {len(rows)} rows without a caption")
             data = data.select(kept)

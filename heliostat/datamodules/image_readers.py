@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -34,14 +36,28 @@ class Pictures(Protocol):
         ...
 
 
-class LabelledPictures(Pictures, Protocol):
+class ListedPictures(Pictures, Protocol):
+    """Encoded pictures that can be told from others."""
+
+    def fingerprint(self) -> str:
+        """A text that changes when the pictures do, or their order; made without reading them."""
+        ...
+
+
+class LabelledPictures(ListedPictures, Protocol):
     """Encoded pictures with the names of their classes."""
 
     class_names: list[str]
 
 
 def open_pictures(
-    source: str | Sequence[str], argument: str, *, split: str, image_column: str, label_column: str
+    source: str | Sequence[str],
+    argument: str,
+    *,
+    split: str,
+    image_column: str,
+    label_column: str,
+    unsorted: bool = False,
 ) -> LabelledPictures:
     """List the pictures of an image folder, a zip archive, a list of these, or a Hugging Face data set.
 
@@ -55,6 +71,7 @@ def open_pictures(
         split: Split of a data set.
         image_column: Column of the pictures in a data set.
         label_column: Column of the classes in a data set: class labels, numbers or strings.
+        unsorted: Where no picture of a folder or archive lies in a class folder, take all, each of the class "".
 
     Raises:
         FileNotFoundError: There is no such folder, file or data set.
@@ -72,11 +89,11 @@ def open_pictures(
     for entry in [source] if isinstance(source, str) else source:
         path = Path(entry).expanduser()
         if path.is_dir():
-            files += _list_folder(path, argument)
+            files += _list_folder(path, argument, unsorted)
         elif not path.exists():
             raise FileNotFoundError(f"{argument}: there is no folder or archive {entry!r} (from {Path.cwd()})")
         elif zipfile.is_zipfile(path):
-            files += _list_archive(path, argument)
+            files += _list_archive(path, argument, unsorted)
         else:
             raise ValueError(f"{argument}: {entry!r} is neither a folder nor a zip archive")
     if not files:
@@ -117,6 +134,17 @@ class FilePictures:
         _, path, member = self.files[position]
         return f"{path}/{member}" if member else path
 
+    def fingerprint(self) -> str:
+        """A hash of places, sizes and times of change."""
+        states: dict[str, list[int]] = {}
+        digest = hashlib.blake2b(digest_size=16)
+        for _, path, member in self.files:
+            if path not in states:
+                status = os.stat(path) if os.path.exists(path) else None
+                states[path] = [status.st_size, status.st_mtime_ns] if status else []
+            digest.update(json.dumps([os.path.abspath(path), member, states[path]]).encode())
+        return digest.hexdigest()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archives": {}}
 
@@ -143,6 +171,7 @@ class DatasetPictures:
                     f"{source}: {missing} of {len(values)} rows have no class in the column {label_column!r}"
                 )
             self.class_names = [label.int2str(v) if isinstance(label, datasets.ClassLabel) else str(v) for v in values]
+        self._fingerprint: str = data._fingerprint
         self.data = data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         self.source, self.image_column = source, image_column
 
@@ -153,6 +182,10 @@ class DatasetPictures:
     def where(self, position: int) -> str:
         """The picture's row."""
         return f"{self.source}, row {position + 1}"
+
+    def fingerprint(self) -> str:
+        """That of the data set."""
+        return self._fingerprint
 
 
 def encoded_image(value: dict[str, Any]) -> bytes:
@@ -199,7 +232,7 @@ def resize_and_crop(picture: Tensor, size: int) -> Tensor:
     return picture[:, top : top + size, left : left + size]
 
 
-def _list_folder(root: Path, argument: str) -> list[ImageFile]:
+def _list_folder(root: Path, argument: str, unsorted: bool) -> list[ImageFile]:
     files: list[PurePosixPath] = []
     folders: list[PurePosixPath] = []
     for folder, below, names in os.walk(root, followlinks=True):
@@ -207,11 +240,11 @@ def _list_folder(root: Path, argument: str) -> list[ImageFile]:
         below[:] = [name for name in below if not _is_hidden(name)]
         folders += [relative / name for name in below]
         files += [relative / name for name in names if not _is_hidden(name)]
-    found = _pictures_in_folders(files, folders, str(root), argument)
-    return [ImageFile(file.parent.as_posix(), str(root / file)) for file in found]
+    found = _pictures_in_folders(files, folders, str(root), argument, unsorted)
+    return [ImageFile("/".join(file.parent.parts), str(root / file)) for file in found]
 
 
-def _list_archive(path: Path, argument: str) -> list[ImageFile]:
+def _list_archive(path: Path, argument: str, unsorted: bool) -> list[ImageFile]:
     files: list[PurePosixPath] = []
     folders: list[PurePosixPath] = []
     with zipfile.ZipFile(path) as archive:
@@ -221,7 +254,7 @@ def _list_archive(path: Path, argument: str) -> list[ImageFile]:
                 raise ValueError(f"{argument}: {str(path)!r} holds the name {info.filename!r}, which leads out of it")
             if not any(map(_is_hidden, name.parts)):
                 (folders if info.is_dir() else files).append(name)
-    found = _pictures_in_folders(files, folders, str(path), argument)
+    found = _pictures_in_folders(files, folders, str(path), argument, unsorted)
     classes = {file.parent.parts for file in found}
     levels = zip(*(folders[:-1] for folders in classes), strict=False)
     shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
@@ -233,7 +266,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _pictures_in_folders(
-    files: Iterable[PurePosixPath], folders: Iterable[PurePosixPath], source: str, argument: str
+    files: Iterable[PurePosixPath], folders: Iterable[PurePosixPath], source: str, argument: str, unsorted: bool
 ) -> list[PurePosixPath]:
     """Keep the pictures that have a class, and warn of what has been left out."""
     files = list(files)
@@ -245,6 +278,8 @@ def _pictures_in_folders(
             f"the names of pictures end in {', '.join(IMAGE_SUFFIXES)}"
         )
     found = [file for file in pictures if len(file.parts) > 1]
+    if not found and unsorted:
+        return pictures
     if not found:
         raise ValueError(
             f"{argument}: the pictures of {source!r} lie in no folder, and the folder is the class; sort them into "

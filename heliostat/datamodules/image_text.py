@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from math import inf
 from pathlib import Path
-from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from heliostat._extras import require
 from heliostat.components.text_cache import CachedTextEmbeddings
-from heliostat.datamodules.captioned_pictures import CaptionedPictures, Columns, is_dataset, open_captioned
-from heliostat.datamodules.captions import caption_texts
-from heliostat.datamodules.hub import check_columns, has_splits, load_dataset, share_stream
-from heliostat.datamodules.image_readers import encoded_image
+from heliostat.datamodules.captioned_pictures import Columns, is_dataset, open_captioned
 from heliostat.datamodules.loading import (
     GlobalBatchSampler,
     ResumableLoader,
@@ -34,13 +24,23 @@ from heliostat.datamodules.loading import (
     local_batch_size,
     whole_batch,
 )
+from heliostat.datamodules.pairs import (
+    PARTS_OF,
+    FrozenModel,
+    Listed,
+    PairStream,
+    PicturesOfPart,
+    StreamRow,
+    draw_captions,
+    has_fingerprint,
+    list_parts,
+    positions_and_keys,
+    user_cache,
+)
 from heliostat.datamodules.pixels import Augment, PixelPipeline
-from heliostat.datamodules.splits import check_fractions, split_groups
+from heliostat.datamodules.splits import check_fractions
 
 TextTower = Callable[[list[str]], Tensor]
-
-_MESSAGE_EVERY = 30  # seconds
-_IN_A_ROW = 100  # unreadable pictures one after another, after which something else must be wrong
 
 
 class ImageTextDataModule(LightningDataModule):
@@ -51,6 +51,8 @@ class ImageTextDataModule(LightningDataModule):
     - ``"twemoji"``: 3,778 emoji with their names, class = category (:mod:`heliostat.datamodules.sources.twemoji`;
       graphics by Twitter and other contributors, CC-BY 4.0); needs no download. Parts of it share no concept: the skin
       tones of one stay together.
+    - an image folder, a zip archive of one, or a list of them, with the name of its folder as a picture's class and
+      caption; or ``"digits"`` (:mod:`heliostat.datamodules.sources.digits`).
     - webdataset shards: tar files, as names with braces (``"shards/{000..009}.tar"``), glob patterns or a list of them;
       see :mod:`heliostat.datamodules.webdataset_shards`. They are read in place, by random access.
     - tables of paths and captions: .csv, .tsv, .json, .jsonl, .parquet; see
@@ -181,11 +183,8 @@ class ImageTextDataModule(LightningDataModule):
         self._towers: dict[str, Any] = {"text_embeddings": embedder, "teacher_embeddings": teacher}
         self._towers = {key: tower for key, tower in self._towers.items() if tower is not None}
         for name, tower in (("embedder", embedder), ("teacher", teacher)):
-            if tower is not None and cache and not isinstance(getattr(tower, "fingerprint", None), str):
-                raise ValueError(
-                    f"{name}={type(tower).__name__} has no attribute fingerprint (a string that stands for its weights "
-                    "and settings), without which a stale cache could not be told; give it one, or cache=False"
-                )
+            if tower is not None and cache:
+                has_fingerprint(name, tower, "cache=False")
         if streaming and self._towers and cache:
             raise ValueError(
                 "streaming=True does not know all texts before training, so their embeddings cannot be cached; give "
@@ -205,7 +204,7 @@ class ImageTextDataModule(LightningDataModule):
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
         self.prompts = list(prompts or ())
         self.cache = cache
-        self.cache_dir = _user_cache() if cache_dir is None else Path(cache_dir).expanduser()
+        self.cache_dir = user_cache(cache_dir)
         self.text_only = text_only
         self.in_memory = in_memory
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -226,7 +225,9 @@ class ImageTextDataModule(LightningDataModule):
         texts = list(dict.fromkeys(listed.texts() + self._prompts()[0]))
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         for key, tower in self._towers.items():
-            embed = _Embed(tower, device, f"{key}: embedding those of {len(texts)} texts that {self.cache_dir} lacks")
+            embed = FrozenModel(
+                tower, device, f"{key}: embedding those of {len(texts)} texts that {self.cache_dir} lacks"
+            )
             CachedTextEmbeddings.get_or_build(texts, embed, self._embeddings_folder, fingerprint=tower.fingerprint)
             if isinstance(tower, torch.nn.Module):
                 tower.cpu()
@@ -236,26 +237,33 @@ class ImageTextDataModule(LightningDataModule):
         if self.cache and self._towers:
             self._caches.update({key: self._open_cache(key, tower) for key, tower in self._towers.items()})
             self._towers = {}
-        for name in _PARTS_OF[stage]:
+        for name in PARTS_OF[stage]:
             if name not in self._sets and name in self._listed.parts:
                 self._sets[name] = self._read(name)
 
     def teardown(self, stage: str) -> None:
         """Say how many pictures could not be read."""
-        for name in _PARTS_OF[stage]:
-            if name in self._sets and (count := int(self._sets[name].unreadable.sum())):
-                warnings.warn(
-                    f"{name}: {count} of {len(self._sets[name])} pictures that this process asked for cannot be read; "
-                    "the next ones took their places",
-                    stacklevel=2,
-                )
+        for name in PARTS_OF[stage]:
+            if name in self._sets:
+                self._sets[name].report_unreadable()
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of ``batch_size`` pairs over all processes."""
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
         if self.streaming:
-            stream = self._stream(rank)
+            stream = _Stream.open(
+                str(self.pairs),
+                "pairs",
+                self._columns,
+                self.splits[0],
+                None if self.text_only else self._pipeline,
+                seed=self.seed,
+                shuffle_buffer=self.shuffle_buffer,
+                trainer=self.trainer,
+                owner="ImageTextDataModule",
+                second_caption=self.second_caption,
+            )
             return StreamLoader(
                 stream,
                 self.trainer,
@@ -297,7 +305,9 @@ class ImageTextDataModule(LightningDataModule):
         for prefix in ("", "second_"):
             if f"{prefix}text" in batch:
                 for key, tower in self._towers.items():
-                    batch[prefix + key] = _Embed(tower, batch["index"].device)(batch[f"{prefix}text"])
+                    device = batch["index"].device
+                    embeddings = FrozenModel(tower, device)(batch[f"{prefix}text"])
+                    batch[prefix + key] = embeddings.to(device, torch.float32)
         return batch
 
     def _evaluation_loaders(self, name: str) -> list[DataLoader]:
@@ -343,143 +353,44 @@ class ImageTextDataModule(LightningDataModule):
         return self.cache_dir / "text_embeddings"
 
     @cached_property
-    def _listed(self) -> _Listed:
+    def _listed(self) -> Listed:
         """What there is: the sources, the parts made of them, and the labels."""
-        parts: dict[str, _Part] = {}
-        for name, given, split in (("val", self.val_pairs, self.splits[1]), ("test", self.test_pairs, self.splits[2])):
-            if given is not None:
-                own_split = is_dataset(given) and has_splits(str(given)) and split != self.splits[0]
-                if given == self.pairs and not own_split:
-                    raise ValueError(f"{name}_pairs={given!r} are the training pairs; None takes a part of them")
-                source = self._open(given, f"{name}_pairs", split)
-                parts[name] = _Part(source, range(len(source.captions)))
-        if not self.streaming:
-            source = self._open(self.pairs, "pairs", self.splits[0])
-            rows = range(len(source.captions))
-            parts |= {"all": _Part(source, rows), **self._split(source, rows, set(parts))}
-        found = {name for part in parts.values() for name in part.source.class_names or () if name}
-        return _Listed(parts, {name: label for label, name in enumerate(sorted(found))})
-
-    def _open(self, source: str | Sequence[str], argument: str, split: str) -> CaptionedPictures:
-        return open_captioned(source, argument, self._columns, split=split, cache_dir=self.cache_dir)
-
-    def _split(self, source: CaptionedPictures, rows: Sequence[int], given: set[str]) -> dict[str, _Part]:
-        fractions = {"val": self.val_fraction, "test": self.test_fraction}
-        val, test = (0 if name in given else fraction for name, fraction in fractions.items())
-        if not val and not test:
-            return {"train": _Part(source, rows)}
-        concepts = source.concepts or ["\0".join(captions) for captions in source.captions]
-        groups: dict[str, list[int]] = {}
-        for row in rows:
-            groups.setdefault(concepts[row], []).append(row)
-        divided = split_groups([groups[concept] for concept in sorted(groups)], val, test, self.split_seed)
-        if not divided[0]:
-            raise ValueError(
-                f"pairs has {len(rows)} pictures of {len(groups)} concepts; val_fraction={self.val_fraction} and "
-                f"test_fraction={self.test_fraction} of these leave none for training"
-            )
-        return {name: _Part(source, part) for name, part in zip(("train", "val", "test"), divided, strict=True) if part}
+        return list_parts(
+            {"pairs": self.pairs, "val_pairs": self.val_pairs, "test_pairs": self.test_pairs},
+            lambda *args: open_captioned(args[0], args[1], self._columns, split=args[2], cache_dir=self.cache_dir),
+            splits=self.splits,
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            split_seed=self.split_seed,
+            streaming=self.streaming,
+        )
 
     def _read(self, name: str) -> _Pairs:
         """Make a data set of a part, with its pictures in memory if they are to be there."""
-        source, rows = self._listed.parts[name]
+        part = self._listed.parts[name]
         second_caption = self.second_caption and name == "train"
-        if second_caption and source.captions.total == len(source.captions):
+        if second_caption and part.source.captions.total == len(part.source.captions):
             raise ValueError("second_caption=True, but no picture of pairs has more than one caption")
         pipeline = self._pipeline if name == "train" else replace(self._pipeline, augment="none")
-        pixels = None
-        if not self.text_only and pipeline.fits(len(rows), self.in_memory):
-            pixels, readable = pipeline.read_all(source.pictures, rows, name)
-            rows = [rows[i] for i in readable]
-        return _Pairs(
-            name=name,
-            source=source,
-            rows=torch.tensor(rows),
-            pixels=pixels,
-            pipeline=None if self.text_only else pipeline,
+        return _Pairs.read(
+            part,
+            name,
+            None if self.text_only else pipeline,
+            self.in_memory,
             caches=self._caches,
             second_caption=second_caption,
         )
 
-    def _stream(self, rank: int) -> _Stream:
-        captions, image = [str(column) for column in self._columns.captions], str(self._columns.image)
-        rows = load_dataset(str(self.pairs), self.splits[0], "pairs", streaming=True)
-        if rows.column_names is not None:
-            check_columns(rows.column_names, captions, f"pairs={self.pairs!r}", "caption_column")
-            if not self.text_only:
-                check_columns(rows.column_names, [image], f"pairs={self.pairs!r}", "image_column")
-        rows = rows.select_columns(captions if self.text_only else [image, *captions])
-        if not self.text_only:
-            rows = rows.cast_column(image, require("datasets", "streaming=True").Image(decode=False))
-        rows = rows.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-        rows = share_stream(rows, self.trainer, "ImageTextDataModule(streaming=True)")
-        several = self.trainer is not None and self.trainer.world_size > 1
-        pipeline = None if self.text_only else self._pipeline
-        return _Stream(rows, image, captions, pipeline, self.second_caption, f"{self.seed}/{rank}", endless=several)
 
-
-_PARTS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("all",)}
-
-
-class _Part(NamedTuple):
-    """What a loader serves: rows of a source."""
-
-    source: CaptionedPictures
-    rows: Sequence[int]
-
-
-class _Listed(NamedTuple):
-    parts: dict[str, _Part]
-    labels: dict[str, int]  # of every class name
-
-    def texts(self) -> list[str]:
-        sources = {id(part.source): part.source for part in self.parts.values()}
-        return [text for source in sources.values() for captions in source.captions for text in captions]
-
-
-@dataclass
-class _Embed:
-    """A frozen tower on a device; says now and then how far it is, if ``task`` says with what."""
-
-    tower: Any
-    device: torch.device
-    task: str = ""
-    count: int = 0
-    last_message: float = -inf
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        if self.task and monotonic() > self.last_message + _MESSAGE_EVERY:
-            rank_zero_info(f"{self.task}, on {self.device}: {self.count} done")
-            self.last_message = monotonic()
-        self.count += len(texts)
-        if isinstance(self.tower, torch.nn.Module):
-            self.tower.to(self.device).eval()
-        with torch.no_grad():
-            return self.tower(texts).to(self.device, torch.float32)
-
-
-@dataclass(eq=False)
-class _Pairs(Dataset):
+@dataclass(eq=False, kw_only=True)
+class _Pairs(PicturesOfPart):
     """A part as batches; an item is a position, or a pair of position and key, as the samplers yield them."""
 
-    name: str
-    source: CaptionedPictures
-    rows: Tensor  # in the source, of each position
-    pixels: Tensor | None  # of each position, if they are in memory
-    pipeline: PixelPipeline | None
     caches: dict[str, CachedTextEmbeddings]
     second_caption: bool
-    unreadable: Tensor = field(init=False)  # whether the picture at each position was found so
-
-    def __post_init__(self) -> None:
-        self.unreadable = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()  # workers write into it
-        self._warned = False
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitems__(self, items: list[Any]) -> dict[str, Any]:
-        positions, keys = zip(*(item if isinstance(item, tuple) else (item, item) for item in items), strict=True)
+        positions, keys = positions_and_keys(items)
         index = torch.tensor(positions)
         batch = {}
         if self.pipeline is not None:
@@ -487,45 +398,13 @@ class _Pairs(Dataset):
             batch["pixel_values"] = self.pipeline.normalise(self.pipeline.jitter(pixels, keys))
         captions = [self.captions(position) for position in index.tolist()]
         drawn = [
-            _draw(texts, item[1] if isinstance(item, tuple) else 0) for texts, item in zip(captions, items, strict=True)
+            draw_captions(texts, item[1] if isinstance(item, tuple) else 0)
+            for texts, item in zip(captions, items, strict=True)
         ]
         batch |= _text_fields([first for first, _ in drawn], self.caches)
         if self.second_caption:
             batch |= _text_fields([second for _, second in drawn], self.caches, "second_")
         return {**batch, "index": index}
-
-    def captions(self, position: int) -> list[str]:
-        return self.source.captions[int(self.rows[position])]
-
-    def pictures(self, index: Tensor, keys: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Pictures in 0..1, and their positions: where one cannot be read, those of the next that can."""
-        assert self.pipeline is not None
-        if self.pixels is not None:
-            return self.pipeline.prepare_batch(self.pixels, index, keys), index
-        read = [self._next_readable(position, key) for position, key in zip(index.tolist(), keys, strict=True)]
-        return torch.stack([picture for picture, _ in read]), torch.tensor([position for _, position in read])
-
-    def _next_readable(self, start: int, key: int) -> tuple[Tensor, int]:
-        assert self.pipeline is not None
-        error: ValueError | None = None
-        for position in (i % len(self) for i in range(start, start + len(self))):
-            if self.unreadable[position]:
-                continue
-            try:
-                row = int(self.rows[position])
-                return self.pipeline.prepare(self.source.pictures, row, key), position
-            except ValueError as reason:
-                error = reason
-                self.unreadable[position] = True
-                if not self._warned:
-                    warnings.warn(
-                        f"{self.name}: {error}. The next one takes its place; all that follow are only counted",
-                        stacklevel=2,
-                    )
-                    self._warned = True
-            if (position - start) % len(self) >= _IN_A_ROW:
-                break
-        raise ValueError(f"{self.name}: no picture from position {start} on can be read; the last: {error}")
 
 
 @dataclass(eq=False)
@@ -568,78 +447,17 @@ class _Texts(Dataset):
         return {**_text_fields(texts, self.caches), **columns, "index": index}
 
 
-def _draw(captions: list[str], key: int) -> tuple[str, str]:
-    """Two captions, different ones if there are two."""
-    other, first = divmod(key, len(captions))
-    second = (first + 1 + other % max(1, len(captions) - 1)) % len(captions)
-    return captions[first], captions[second]
-
-
 def _text_fields(texts: list[str], caches: dict[str, CachedTextEmbeddings], prefix: str = "") -> dict[str, Any]:
     return {f"{prefix}text": texts, **{prefix + key: cache.lookup(texts) for key, cache in caches.items()}}
 
 
-class _Row(NamedTuple):
-    """A row of a stream."""
-
-    picture: Tensor | None
-    texts: tuple[str, str]
-    key: int
-
-
 @dataclass(eq=False)
-class _Stream(IterableDataset):
-    """The rows of a Hugging Face stream with caption and picture; its shards are shared among the loader's workers."""
+class _Stream(PairStream):
+    """A stream as batches."""
 
-    rows: Any
-    image_column: str
-    caption_columns: list[str]
-    pipeline: PixelPipeline | None
     second_caption: bool
-    salt: str  # of the keys: the seed and the process
-    endless: bool
-    epoch: int = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[_Row]:
-        epoch = self.epoch
-        worker = get_worker_info()
-        found = True
-        while found:
-            self.rows.set_epoch(epoch)
-            found = False
-            passed_over: list[str] = []
-            total = 0
-            for total, row in enumerate(self.rows, 1):
-                where = f"pairs, row {total} of the stream"
-                captions = caption_texts([row.get(column) for column in self.caption_columns], where)
-                key = _hash(f"{self.salt}/{worker.id if worker else 0}/{epoch}/{total}")
-                try:
-                    if not captions:
-                        raise ValueError(f"{where}: no caption")
-                    picture = None
-                    if self.pipeline is not None:
-                        picture = self.pipeline.prepare(_OnePicture(row[self.image_column], where), 0, key)
-                except ValueError as error:
-                    if not passed_over:
-                        warnings.warn(f"{error}. The row is passed over, as are all such", stacklevel=2)
-                    passed_over.append(str(error))
-                    continue
-                found = True
-                yield _Row(picture, _draw(captions, key), key)
-            if passed_over:
-                warnings.warn(
-                    f"pairs: passed over {len(passed_over)} of {total} rows in a pass of this process's share of the "
-                    f"stream: {'; '.join(passed_over[:3])}{'; ...' if len(passed_over) > 3 else ''}",
-                    stacklevel=2,
-                )
-            if not self.endless:
-                return
-            epoch += 1
-
-    def collate(self, rows: list[_Row]) -> dict[str, Any]:
+    def collate(self, rows: list[StreamRow]) -> dict[str, Any]:
         batch: dict[str, Any] = {"text": [row.texts[0] for row in rows], "index": torch.full((len(rows),), -1)}
         if self.second_caption:
             batch["second_text"] = [row.texts[1] for row in rows]
@@ -648,23 +466,3 @@ class _Stream(IterableDataset):
             jittered = self.pipeline.jitter(pixels, [row.key for row in rows])
             batch["pixel_values"] = self.pipeline.normalise(jittered)
         return batch
-
-
-@dataclass
-class _OnePicture:
-    value: dict[str, Any]
-    place: str
-
-    def content(self, position: int) -> bytes:
-        return encoded_image(self.value)
-
-    def where(self, position: int) -> str:
-        return self.place
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heliostat"

@@ -64,6 +64,13 @@ class ShardPictures:
             name = f"byte {int(self.offsets[position])}"
         return f"{self._path(position)}/{name}"
 
+    def fingerprint(self) -> str:
+        """A hash of the shards' places, sizes and times of change, and of the pictures' places in them."""
+        states = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in self.paths]
+        digest = hashlib.blake2b(json.dumps(states).encode(), digest_size=16)
+        digest.update(self.offsets.numpy().tobytes())
+        return digest.hexdigest()
+
     def _path(self, position: int) -> str:
         return self.paths[bisect_right(self.firsts, position) - 1]
 

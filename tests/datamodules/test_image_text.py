@@ -283,6 +283,19 @@ class TestSources:
         ):
             ready(small(table(tmp_path / "a", rows)))
 
+    def test_image_folder(self, tmp_path):
+        for i in range(12):
+            path = tmp_path / "pictures" / f"c{i % 3}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(5 * i))
+        batch = everything(ready(small(f"{tmp_path}/pictures"), "predict").predict_dataloader())
+        assert batch["text"] == [f"c{level % 3}" for level in levels(batch)]
+        (tmp_path / "pictures" / "0.png").write_bytes(png(0))
+        with pytest.warns(UserWarning, match="passed over 1 of 13 pictures .* lie in no class folder"):
+            ready(small(f"{tmp_path}/pictures"), "predict")
+        with pytest.raises(ValueError, match="lie in no folder, and the folder is the class"):
+            ready(small(f"{tmp_path}/pictures/c0"), "predict")
+
     def test_absolute_paths_within_the_root(self, tmp_path):
         rows = [row | {"image": f"{tmp_path}/a/{row['image']}"} for row in records(8)]
         assert len(everything(ready(small(table(tmp_path / "a", rows)), "predict").predict_dataloader())["text"]) == 8
@@ -329,7 +342,7 @@ class TestSources:
         (tmp_path / "a.csv").write_text("image,caption\n")
         with pytest.raises(ValueError, match="none of 0 rows has both a path and a caption"):
             ready(small(str(tmp_path / "a.csv")))
-        with pytest.raises(ValueError, match="cannot tell what '.*a.txt' is. Give 'twemoji', shards"):
+        with pytest.raises(ValueError, match="cannot tell what '.*a.txt' is. Give 'twemoji', 'digits', shards"):
             ready(small(["b.csv", str(tmp_path / "a.txt")]))
         for missing in ("missing.tar", "missing.csv", "missing/{0..3}.tar"):
             with pytest.raises(FileNotFoundError, match="missing"):
