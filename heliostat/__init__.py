@@ -31,6 +31,19 @@ _EXPORTS = {
     "OpenCLIPTextTower": "towers",
     "OpenCLIPImageTower": "towers",
     "TimmImageTower": "towers",
+    "Diffusion": "lit_models.diffusion",
+    "UREPA": "lit_models.u_repa",
+    "UREPACallback": "callbacks.u_repa",
+    "SoftREPA": "lit_models.softrepa",
+    "DiffusionDataModule": "datamodules.diffusion",
+    "SampleGrid": "callbacks.sample_grid",
+    "TextTokenEncoder": "token_encoders",
+    "PipelineTextEncoder": "token_encoders",
+    "PatchEncoder": "token_encoders",
+    "PromptDataModule": "datamodules.prompts",
+    "GroupPolicy": "lit_models.group_policy",
+    "DYPOGate": "callbacks.dypo_gate",
+    "CompletionTable": "callbacks.completion_table",
 }
 __all__ = ["__version__", *_EXPORTS]
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
@@ -40,19 +53,32 @@ if TYPE_CHECKING:
     from heliostat.callbacks.align_guard import AlignGuard as AlignGuard
     from heliostat.callbacks.alignment_recovery import AlignmentRecovery as AlignmentRecovery
     from heliostat.callbacks.caption_gallery import CaptionGallery as CaptionGallery
+    from heliostat.callbacks.completion_table import CompletionTable as CompletionTable
+    from heliostat.callbacks.dypo_gate import DYPOGate as DYPOGate
     from heliostat.callbacks.export_best import ExportBest as ExportBest
     from heliostat.callbacks.metric_curves import MetricCurves as MetricCurves
     from heliostat.callbacks.retrieval_gallery import RetrievalGallery as RetrievalGallery
+    from heliostat.callbacks.sample_grid import SampleGrid as SampleGrid
     from heliostat.callbacks.source_statistics import SourceStatistics as SourceStatistics
     from heliostat.callbacks.step_seed import StepSeed as StepSeed
+    from heliostat.callbacks.u_repa import UREPACallback as UREPACallback
+    from heliostat.datamodules.diffusion import DiffusionDataModule as DiffusionDataModule
     from heliostat.datamodules.image_text import ImageTextDataModule as ImageTextDataModule
     from heliostat.datamodules.labelled_images import LabelledImageDataModule as LabelledImageDataModule
+    from heliostat.datamodules.prompts import PromptDataModule as PromptDataModule
     from heliostat.datamodules.text import TextDataModule as TextDataModule
     from heliostat.lit_models.cafa import CAFA as CAFA
+    from heliostat.lit_models.diffusion import Diffusion as Diffusion
+    from heliostat.lit_models.group_policy import GroupPolicy as GroupPolicy
     from heliostat.lit_models.multi_similarity import MetricLearning as MetricLearning
     from heliostat.lit_models.proclip import ProCLIP as ProCLIP
+    from heliostat.lit_models.softrepa import SoftREPA as SoftREPA
+    from heliostat.lit_models.u_repa import UREPA as UREPA
     from heliostat.lit_models.whitened_cse import WhitenedCSE as WhitenedCSE
     from heliostat.recovery import recover_checkpoint as recover_checkpoint
+    from heliostat.token_encoders import PatchEncoder as PatchEncoder
+    from heliostat.token_encoders import PipelineTextEncoder as PipelineTextEncoder
+    from heliostat.token_encoders import TextTokenEncoder as TextTokenEncoder
     from heliostat.towers import OpenCLIPImageTower as OpenCLIPImageTower
     from heliostat.towers import OpenCLIPTextTower as OpenCLIPTextTower
     from heliostat.towers import TextEmbedder as TextEmbedder

@@ -17,13 +17,13 @@ PACKAGE = ROOT / "heliostat"
 FLOORS = {  # folder -> what it may import of heliostat
     "cuda": {"cuda"},
     "components": {"components", "cuda"},
-    "datamodules": {"datamodules", "components", "pretrained", "towers"},
-    "lit_models": {"lit_models", "components", "pretrained", "towers"},
+    "datamodules": {"datamodules", "components", "pretrained", "towers", "token_encoders"},
+    "lit_models": {"lit_models", "components", "pretrained", "towers", "generation", "advantages", "rewards"},
     "callbacks": {"callbacks", "components", "pretrained"},
 }
 SMALL_TOOLS = {"_lazy", "_extras"}
-# Plain supervised fine-tuning, on which callbacks of several papers are shown, is itself none.
-PAPERS = [p for p in sorted((PACKAGE / "lit_models").glob("[a-z]*.py")) if p.stem != "fine_tuning"]
+# Plain fine-tuning, plain diffusion and the policy that papers plug into are themselves no papers.
+PAPERS = [p for p in sorted((PACKAGE / "lit_models").glob("[a-z]*.py")) if p.stem not in ("fine_tuning", "diffusion", "group_policy")]
 
 
 def imports(path: Path) -> set[str]:
