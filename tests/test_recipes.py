@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from heliostat.cli import main, recipes
+from heliostat.datamodules.sources import tiny_clip
 from tests.lit_models.test_whitened_cse import NO_DROPOUT, tiny_module, write_files
 
 
@@ -22,6 +24,7 @@ def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     """Two steps and a validation of one batch; then validate and test from its checkpoint and its saved config."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tiny_clip, "fit_towers", partial(tiny_clip.fit_towers, steps=20))  # of ProCLIP's recipe
     short = [
         "--trainer.limit_val_batches",
         "1",
@@ -110,7 +113,7 @@ def test_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     tiny_recipe: list[str], tmp_path: Path
 ) -> None:
     keep = [
-        "--trainer.max_steps=60",
+        "--trainer.max_steps=40",
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
         "--trainer.callbacks.filename={step}",
         "--trainer.callbacks.every_n_train_steps=5",
@@ -120,15 +123,15 @@ def test_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     checkpoints = tmp_path / "killed" / "checkpoints"
     killed = subprocess.Popen([*tiny_recipe, *keep, f"--trainer.default_root_dir={tmp_path / 'killed'}"])
     deadline = time.monotonic() + 240
-    while not (checkpoints / "step=30.ckpt").exists() and time.monotonic() < deadline:
+    while not (checkpoints / "step=20.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert not (checkpoints / "step=60.ckpt").exists(), "it was killed too late for this test to say anything"
-    resume = f"--ckpt_path={checkpoints / 'step=20.ckpt'}"
+    assert not (checkpoints / "step=40.ckpt").exists(), "it was killed too late for this test to say anything"
+    resume = f"--ckpt_path={checkpoints / 'step=15.ckpt'}"
     subprocess.run([*tiny_recipe, *keep, resume], check=True, timeout=240)
     expected, actual = (
-        torch.load(tmp_path / run / "checkpoints" / "step=60.ckpt", weights_only=True) for run in ("whole", "killed")
+        torch.load(tmp_path / run / "checkpoints" / "step=40.ckpt", weights_only=True) for run in ("whole", "killed")
     )
     for name, tensor in expected["state_dict"].items():
         assert torch.equal(tensor, actual["state_dict"][name]), name

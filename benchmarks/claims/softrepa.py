@@ -101,6 +101,7 @@ def base(seed: int) -> SD3Transformer2DModel:
 
 
 @cache
+@torch.enable_grad()
 def judge(seed: int) -> nn.Sequential:
     """A classifier of the training digits; what is before its last layer are the features of the Frechet distance."""
     torch.manual_seed(seed)
