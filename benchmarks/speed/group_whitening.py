@@ -13,7 +13,11 @@ from heliostat.components import group_whiten_views
 
 VIEWS = 3
 EPS = 1e-5
-SHAPES = [(64, 384, 6), (128, 768, 6), (256, 768, 48), (256, 768, 96), (256, 768, 192)]  # N, d, m
+SHAPES = [  # N, d, m
+    (64, 384, 6),
+    (128, 768, 6),
+    *((256, 768, m) for m in (2, 4, 8, 16, 48, 96, 192)),
+]
 
 
 def whiten_as_published(x: Tensor, permutations: Tensor, *, group_size: int, detach_transform: bool) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from heliostat.components.distributed import default_group
+from heliostat.cuda import group_whitening as kernels
 
 WhiteningMethod = Literal["eigh", "newton_schulz", "cholesky"]
 
@@ -143,25 +144,31 @@ def _solve(sigma: Tensor, method: str, iterations: int) -> tuple[Tensor, Tensor 
         ) from error
 
 
-def _to_slabs(x: Tensor, order: Tensor | None, groups: int) -> Tensor:
-    """(V, N, d) -> (V, G, N, m), a new contiguous tensor: channels in the given order, cut into groups."""
-    if order is None:
-        return x.unflatten(2, (groups, -1)).transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    views, rows = x.shape[:2]
-    index = order.view(views, groups, 1, -1).expand(-1, -1, rows, -1)
-    return x[:, None].expand(-1, groups, -1, -1).gather(3, index)  # permutation and layout in one pass
+# Inside, a channel is a row (V, d, N): a permutation then moves whole rows, and a group's slab (m, N) is contiguous.
+# Data are moved view by view, so that temporaries are small enough to stay in the cache.
 
 
-def _from_slabs(slabs: Tensor, inverse: Tensor | None) -> Tensor:
-    """(V, G, N, m) -> (V, N, d): the inverse of `_to_slabs`, by the inverse of its order."""
-    x = slabs.transpose(1, 2).flatten(2)
-    return x if inverse is None else x.gather(2, inverse[:, None, :].expand_as(x))
+def _to_channels(x: Tensor, order: Tensor | None) -> Tensor:
+    """(V, N, d) -> (V, d, N), a new contiguous tensor with the channels in the given order, float32 at least."""
+    views, rows, dim = x.shape
+    channels = torch.empty(views, dim, rows, dtype=_statistics_dtype(x), device=x.device)
+    for v in range(views):
+        if order is None:
+            channels[v].copy_(x[v].T)
+        else:
+            torch.index_select(x[v].T.contiguous().to(channels.dtype), 0, order[v], out=channels[v])
+    return channels
+
+
+def _put_channels(target: Tensor, channels: Tensor, inverse: Tensor | None) -> None:
+    """Write a view's channels (d, N) to ``target`` (N, d), put back by the inverse of their order."""
+    target.copy_((channels if inverse is None else channels.index_select(0, inverse)).T)
 
 
 class _GroupWhiten(torch.autograd.Function):
     """All views and groups in one batch of P = V * G problems, with the closed-form backward.
 
-    This is the one place where a kernel for the device would take over: same inputs, same outputs.
+    On a CUDA device the kernels of `heliostat.cuda.group_whitening` do the same where they fit.
     """
 
     @staticmethod
@@ -177,27 +184,33 @@ class _GroupWhiten(torch.autograd.Function):
         detach_transform: bool,
         process_group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        views, rows, dim = x.shape
         with torch.autocast(x.device.type, enabled=False):
-            slabs = _to_slabs(x.to(_statistics_dtype(x)), order, groups)  # (V, G, N, m)
-            total = slabs.sum(2, keepdim=True)
-            count = torch.full((), x.shape[1], dtype=total.dtype, device=x.device)
+            channels = _to_channels(x, order)
+            total = channels.sum(2)  # (V, d)
+            count = torch.full((), rows, dtype=total.dtype, device=x.device)
             if process_group is not None:
                 packed = torch.cat([total.flatten(), count[None]])
                 dist.all_reduce(packed, group=process_group)
                 total, count = packed[:-1].view_as(total), packed[-1]
             mean = total / count
-            a = slabs.sub_(mean).flatten(0, 1)  # (P, N, m)
-            covariance = (a.mT @ a).div_(count)
+            at = channels.sub_(mean[:, :, None]).view(views * groups, dim // groups, rows)  # A^T (P, m, N)
+            covariance = torch.bmm(at, at.mT).div_(count)
             if process_group is not None:
                 dist.all_reduce(covariance, group=process_group)  # the ranks' shares sum to A^T A / N
             w, lam, saved = _solve(_regularise(covariance, eps), method, iterations)
-            y = _from_slabs((a @ w).unflatten(0, slabs.shape[:2]), inverse).to(x.dtype)
-        ctx.order, ctx.inverse, ctx.groups, ctx.dtype = order, inverse, groups, x.dtype
+            y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            for v in range(views):
+                own = slice(v * groups, (v + 1) * groups)
+                _put_channels(
+                    y[v], torch.bmm(w[own].mT, at[own]).flatten(0, 1), None if inverse is None else inverse[v]
+                )
+        ctx.order, ctx.inverse, ctx.dtype = order, inverse, x.dtype
         ctx.method, ctx.process_group = method, process_group
-        ctx.save_for_backward(w, count, *(() if detach_transform else (a, *saved)))
-        lead = slabs.shape[:2]
+        ctx.save_for_backward(w, count, *(() if detach_transform else (at, *saved)))
+        lead = views, groups
         lam = w.new_empty(0) if lam is None else lam.unflatten(0, lead)
-        auxiliary = mean.flatten(1), w.unflatten(0, lead), lam, covariance.unflatten(0, lead)
+        auxiliary = mean, w.unflatten(0, lead), lam, covariance.unflatten(0, lead)
         ctx.mark_non_differentiable(*auxiliary)
         return y, *auxiliary
 
@@ -206,19 +219,25 @@ class _GroupWhiten(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         w, count, *saved = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            slabs = _to_slabs(grad.to(w.dtype), ctx.order, ctx.groups)
-            c = slabs.flatten(0, 1)  # (P, N, m)
-            total = c.sum(1, keepdim=True)
-            q = saved[0].mT @ c if saved else None
+            views = len(grad)
+            ct = _to_channels(grad, ctx.order).view(len(w), w.shape[1], -1)  # C^T (P, m, N)
+            total = ct.sum(2)
+            q = torch.bmm(saved[0], ct.mT) if saved else None
             if ctx.process_group is not None:
                 packed = total.flatten() if q is None else torch.cat([total.flatten(), q.flatten()])
                 dist.all_reduce(packed, group=ctx.process_group)
                 total = packed[: total.numel()].view_as(total)
                 q = None if q is None else packed[total.numel() :].view_as(q)
-            dx = torch.baddbmm(-(total / count) @ w.mT, c, w.mT)  # centres c by linearity
-            if q is not None:
-                dx.baddbmm_(saved[0], _TRANSFORMS[ctx.method].backward(q, w, *saved[1:]) * (2 / count))
-            dx = _from_slabs(dx.unflatten(0, slabs.shape[:2]), ctx.inverse).to(ctx.dtype)
+            ct.sub_((total / count)[:, :, None])
+            s = None if q is None else _TRANSFORMS[ctx.method].backward(q, w, *saved[1:]) * (2 / count)
+            dx = torch.empty(grad.shape, dtype=ctx.dtype, device=grad.device)
+            groups = len(w) // views
+            for v in range(views):
+                own = slice(v * groups, (v + 1) * groups)
+                d = torch.bmm(w[own], ct[own])
+                if s is not None:
+                    d.baddbmm_(s[own], saved[0][own])
+                _put_channels(dx[v], d.flatten(0, 1), None if ctx.inverse is None else ctx.inverse[v])
         return dx, *(None,) * 8
 
 
@@ -244,16 +263,15 @@ def _resolve_groups(dim: int, rows: int, num_groups: int | None, group_size: int
     return value if num_groups is not None else dim // value
 
 
-def _inverse_permutations(permutations: Tensor, shape: tuple[int, int]) -> Tensor:
-    if tuple(permutations.shape) != shape or permutations.dtype != torch.int64:
-        raise ValueError(
-            f"permutations must be int64 of shape {shape}, got {permutations.dtype} of shape "
-            f"{tuple(permutations.shape)}"
-        )
-    ordered, inverse = permutations.sort(dim=1)
+def _inverse_permutations(permutations: Tensor) -> Tensor:
+    views, dim = permutations.shape
     # Asking a GPU for the answer would make the host wait for it at every step.
-    if not permutations.is_cuda and (ordered != torch.arange(shape[1])).any():
-        raise ValueError(f"permutations must hold every channel 0..{shape[1] - 1} exactly once")
+    if not permutations.is_cuda and (permutations.amin() < 0 or permutations.amax() >= dim):
+        raise ValueError(f"permutations must hold every channel 0..{dim - 1} exactly once")
+    places = torch.arange(dim, device=permutations.device).expand(views, -1)
+    inverse = torch.full_like(permutations, -1).scatter_(1, permutations, places)
+    if not permutations.is_cuda and inverse.amin() < 0:  # a channel that none of the d entries names
+        raise ValueError(f"permutations must hold every channel 0..{dim - 1} exactly once")
     return inverse
 
 
@@ -340,13 +358,26 @@ def _whiten(
         raise ValueError(f"method must be one of {sorted(_TRANSFORMS)}, got {method!r}")
     if ns_iters is not None and (method != "newton_schulz" or ns_iters < 1):
         raise ValueError(f"ns_iters must be >= 1 and belongs to method='newton_schulz', got {ns_iters} with {method!r}")
+    use_kernels = process_group is None and kernels.usable(x, groups, method)
     inverse = None
     if permutations is not None:
-        inverse = _inverse_permutations(permutations, (views, dim)).to(x.device)
+        if tuple(permutations.shape) != (views, dim) or permutations.dtype != torch.int64:
+            raise ValueError(
+                f"permutations must be int64 of shape {(views, dim)}, got {permutations.dtype} of shape "
+                f"{tuple(permutations.shape)}"
+            )
+        if not (use_kernels and permutations.is_cuda):  # the kernels need no inverse
+            inverse = _inverse_permutations(permutations).to(x.device)
         permutations = permutations.to(x.device)
     _check_statistics(x, all_rows, size, eps, method, detach_transform)
     # Five steps do not whiten larger groups: a small direction gains at most a factor 1.5 a step.
     iterations = ns_iters or (5 if size <= 16 else 10)
+    if use_kernels:
+        ridge, relative = (RELATIVE_EPS, True) if eps is None else (eps, False)
+        y, mean, matrix, lam, covariance = kernels.whiten(
+            x, permutations, groups, ridge, relative, method, iterations, detach_transform
+        )
+        return y, WhiteningTransform(mean, matrix, lam if lam.numel() else None), covariance
     y, mean, matrix, lam, covariance = _GroupWhiten.apply(
         x, permutations, inverse, groups, eps, method, iterations, detach_transform, process_group
     )
@@ -397,7 +428,11 @@ def group_whiten(
 
     Raises:
         ValueError: If shapes or arguments do not fit, if N < 2, if ``eps == 0`` and N - 1 < m (singular; not for
-            Newton-Schulz), or if x holds non-finite values (Newton-Schulz returns them as NaN).
+            Newton-Schulz), or if x holds non-finite values (Newton-Schulz, and any method by the kernels of a CUDA
+            device, returns them as NaN).
+
+    On a CUDA device with CuPy, ``"eigh"`` and ``"newton_schulz"`` run as one kernel each way, for groups of up to 96
+    channels in float32, bfloat16 or float16 and without ``process_group``; all else is plain torch operations.
 
     Example:
         >>> import torch
@@ -505,8 +540,8 @@ class GroupWhitening(nn.Module):
             _regularise(self.running_covariance, self.eps), self.method, self.ns_iters or (5 if size <= 16 else 10)
         )
         with torch.autocast(x.device.type, enabled=False):
-            slabs = _to_slabs((x.to(w.dtype) - self.running_mean)[None], None, self.num_groups)
-            return _from_slabs(slabs @ w, None)[0].to(x.dtype)
+            at = (x.to(w.dtype) - self.running_mean).T.unflatten(0, (self.num_groups, -1))
+            return (w.mT @ at).flatten(0, 1).T.to(x.dtype)
 
 
 class ShuffledGroupWhitening(nn.Module):
