@@ -23,7 +23,11 @@ FLOORS = {  # folder -> what it may import of heliostat
 }
 SMALL_TOOLS = {"_lazy", "_extras"}
 # Plain fine-tuning, plain diffusion and the policy that papers plug into are themselves no papers.
-PAPERS = [p for p in sorted((PACKAGE / "lit_models").glob("[a-z]*.py")) if p.stem not in ("fine_tuning", "diffusion", "group_policy")]
+PAPERS = [
+    p
+    for p in sorted((PACKAGE / "lit_models").glob("[a-z]*.py"))
+    if p.stem not in ("fine_tuning", "diffusion", "group_policy")
+]
 
 
 def imports(path: Path) -> set[str]:
