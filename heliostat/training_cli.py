@@ -37,7 +37,7 @@ T = TypeVar("T")
 _CKPT_WORDS = ("last", "best", "hpc")  # besides "registry...", what Trainer takes instead of a path
 _STAMP = "%Y-%m-%d_%H-%M-%S"
 _STAMPED = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
-_USER_ERRORS = (ValueError, TypeError, ModuleNotFoundError, FileNotFoundError, MisconfigurationException)
+_USER_ERRORS = (ValueError, TypeError, ModuleNotFoundError, OSError, MisconfigurationException)
 
 # What jsonargparse puts around the error that matters: where it happened, in which class, which types were tried.
 _KEY = re.compile(r'Parser key "([^"]+)"')
