@@ -18,6 +18,7 @@ from heliostat.components import (
 )
 
 LATENT, LENGTH, WIDTH, POOLED = (4, 32, 32), 77, 256, 64
+GRID_LATENT = (4, 16, 16)
 PAIRS, CHUNK = 6, 6  # pictures and prompts; pairs that pass at once
 TOKENS = 4
 
@@ -77,9 +78,9 @@ def grid(make: Callable[[], Any], errors: Callable[..., Tensor]) -> Factory:
         model, bank = model_and_tokens(make, device)
         attach_soft_tokens(model, bank)
         generator = torch.Generator().manual_seed(1)
-        latents = torch.randn(PAIRS, *LATENT, generator=generator).to(device)
+        latents = torch.randn(PAIRS, *GRID_LATENT, generator=generator).to(device)
         prompts = torch.randn(PAIRS, LENGTH, WIDTH, generator=generator).to(device)
-        noise = torch.randn(1, *LATENT, generator=generator).to(device)
+        noise = torch.randn(1, *GRID_LATENT, generator=generator).to(device)
 
         def run() -> list[Tensor]:
             e = errors(denoise_with(model), latents, prompts, 400.0, noise)
@@ -151,8 +152,8 @@ def cases() -> dict[str, Case]:
 
 SPEED = Speed(
     summary=(
-        f"A small UNet and a small SD3 transformer of diffusers on latents of 4 x 32 x 32 with {LENGTH} text tokens, "
-        "float32. Pairs: errors of all pairs, contrastive loss, and its gradient to the soft tokens; chunks compute "
+        f"A small UNet and a small SD3 transformer of diffusers on latents of 4 x 32 x 32 (pairs: 16 x 16), {LENGTH} "
+        "text tokens, float32. Pairs: errors of all pairs, contrastive loss, and its gradient to the soft tokens; chunks compute "
         "the forward twice and keep the activations of one chunk only, the others keep all. Inference: one call of the "
         "denoiser with the two rows of guidance; tokens stand in the down blocks of the UNet and in 5 of the 12 blocks "
         "of the transformer, with a table over time. Here 'slower' is the price of the tokens."
