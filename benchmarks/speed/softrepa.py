@@ -153,10 +153,10 @@ def cases() -> dict[str, Case]:
 SPEED = Speed(
     summary=(
         f"A small UNet and a small SD3 transformer of diffusers on latents of 4 x 32 x 32 (pairs: 16 x 16), {LENGTH} "
-        "text tokens, float32. Pairs: errors of all pairs, contrastive loss, and its gradient to the soft tokens; chunks compute "
-        "the forward twice and keep the activations of one chunk only, the others keep all. Inference: one call of the "
-        "denoiser with the two rows of guidance; tokens stand in the down blocks of the UNet and in 5 of the 12 blocks "
-        "of the transformer, with a table over time. Here 'slower' is the price of the tokens."
+        "text tokens, float32. Pairs: errors of all pairs, contrastive loss, and its gradient to the soft tokens; "
+        "chunks compute the forward twice and keep the activations of one chunk only, the others keep all. Inference: "
+        "one call of the denoiser with the two rows of guidance; tokens stand in the down blocks of the UNet and in 5 "
+        "of the 12 blocks of the transformer, with a table over time. Here 'slower' is the price of the tokens."
     ),
     cases=cases(),
 )
