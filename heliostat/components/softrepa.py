@@ -97,7 +97,7 @@ def denoising_contrastive_loss(
         targets = torch.arange(rows, device=errors.device)
     elif targets.shape != (rows,) or targets.dtype != torch.int64:
         raise ValueError(f"targets must be {rows} numbers of int64, got {tuple(targets.shape)} of {targets.dtype}")
-    elif rows and not torch.compiler.is_compiling():
+    elif rows and not targets.is_cuda and not torch.compiler.is_compiling():  # a GPU's gather checks without waiting
         smallest, largest = targets.aminmax()
         if smallest < 0 or largest >= columns:
             raise ValueError(f"targets must lie in 0..{columns - 1}, got {int(smallest)}..{int(largest)}")
