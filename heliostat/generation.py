@@ -131,6 +131,7 @@ class TransformersGenerator:
                     input_ids=prompt_ids[part],
                     attention_mask=prompt_mask[part].to(prompt_ids.dtype),
                     generation_config=config,
+                    past_key_values=_cache(network, prompt_ids.shape[1] + self.max_new_tokens),
                 )
                 pieces.append(ids[:, prompt_ids.shape[1] :])
         longest = max(piece.shape[1] for piece in pieces)
@@ -369,6 +370,44 @@ def _sampling(model: Any, config: Any) -> Iterator[Any]:
             yield network
     finally:
         network.generation_config = own
+
+
+def _cache(network: Any, length: int) -> Any:
+    """A cache that has room for ``length`` tokens from the start, or None to leave it to transformers.
+
+    That of transformers grows by a copy of all keys and values at each token, which takes longer than the attention.
+    """
+    supported = getattr(network, "_supports_default_dynamic_cache", None)
+    if supported is None or not supported():
+        return None
+    try:
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        cache: Any = DynamicCache(config=network.config)
+    except (ImportError, TypeError):  # transformers before 4.56
+        return None
+    if not any(type(layer) is DynamicLayer for layer in cache.layers):  # none that looks at all tokens
+        return None
+
+    class Layer(DynamicLayer):
+        """Writes new keys and values behind the old ones; what it returns is a view."""
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            start = self.get_seq_length()
+            end = start + key_states.shape[-2]
+            if start == 0:
+                self.lazy_initialization(key_states, value_states)
+                self.rooms = [
+                    states.new_empty(*states.shape[:-2], max(length, end), states.shape[-1])
+                    for states in (key_states, value_states)
+                ]
+            for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+                room[..., start:end, :] = states
+            self.keys, self.values = (room[..., :end, :] for room in self.rooms)
+            return self.keys, self.values
+
+    cache.layers = [Layer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _group(ids: Tensor, lengths: Tensor, num_generations: int, eos_token_id: int, pad_token_id: int) -> Generation:

@@ -10,8 +10,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
+import heliostat.generation
 from heliostat.generation import Generation, TransformersGenerator, VLLMGenerator
 
 EOS, PAD, VOCABULARY = 1, 0, 12
@@ -92,6 +102,22 @@ class TestTransformersGenerator:
         check_shape_of(drawn, 4)
         for number in range(3):
             assert torch.equal(drawn.completion_ids[:, number], expected.completion_ids[:, 0])
+
+    @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "mamba"])
+    def test_cache_with_room_changes_nothing(self, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Attention to all tokens, in turns with a sliding window, and none at all."""
+        torch.manual_seed(0)
+        size = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 1.0}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 32}
+        model: Any = {
+            "gpt2": lambda: tiny_model(initializer_range=1.0),
+            "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**size, **heads, sliding_window=5)),
+            "mamba": lambda: MambaForCausalLM(MambaConfig(**size)),
+        }[architecture]()
+        drawn = draw(TransformersGenerator(8), model)
+        monkeypatch.setattr(heliostat.generation, "_cache", lambda *_: None)
+        expected = draw(TransformersGenerator(8), model)
+        assert torch.equal(drawn.completion_ids, expected.completion_ids)
 
     def test_padding_may_be_eos(self) -> None:
         """As with tokenizers without a padding token: the mask is the same, and holds one EOS."""
