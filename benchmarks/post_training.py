@@ -76,13 +76,14 @@ def imitate(
     *,
     lr: float,
     part: slice = slice(0, UPDATES),
+    of: int = UPDATES,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Fine-tune on demonstrations, of each prompt one of its teachers' at random, for ``part`` of the updates."""
+    """Fine-tune on demonstrations, of each prompt one of its teachers' at random, for ``part`` ``of`` all updates."""
     data = PromptDataModule(
         prompts, supervised="demonstration", tokenizer=arithmetic_tokenizer(), batch_size=BATCH, seed=seed
     )
-    module = FineTuning(model, **_optimization(lr, part))
+    module = FineTuning(model, **_optimization(lr, part, of))
     _fit(module, data, part.stop - part.start, seed, gradient_clip_val=1.0, callbacks=list(callbacks))
 
 
@@ -93,6 +94,7 @@ def reinforce(
     *,
     lr: float,
     part: slice = slice(0, UPDATES),
+    of: int = UPDATES,
     batch_size: int = BATCH,
     num_generations: int = GROUP,
     reward: Reward | None = None,
@@ -101,7 +103,7 @@ def reinforce(
     callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> None:
-    """Learn from rewards, by GRPO if nothing else is said, for ``part`` of the updates."""
+    """Learn from rewards, by GRPO if nothing else is said, for ``part`` ``of`` all updates."""
     policy = GroupPolicy(
         model,
         reward or ExactMatch(),
@@ -110,7 +112,7 @@ def reinforce(
         generator=TransformersGenerator(TOKENS),
         advantages=advantages,
         seed=seed,
-        **_optimization(lr, part),
+        **_optimization(lr, part, of),
         **settings,
     )
     data = PromptDataModule(
@@ -119,9 +121,11 @@ def reinforce(
     _fit(policy, data, part.stop - part.start, seed, callbacks=list(callbacks))
 
 
-def _optimization(lr: float, part: slice) -> dict[str, Any]:
+def _optimization(lr: float, part: slice, of: int) -> dict[str, Any]:
+    """Stages of one training share one fall of the learning rate."""
+
     def factor(update: int) -> float:
-        return 1 - 0.9 * (part.start + update) / UPDATES
+        return 1 - 0.9 * (part.start + update) / of
 
     schedule = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=factor)
     return {"optimizer": partial(torch.optim.AdamW, lr=lr, weight_decay=0.0, fused=True), "lr_scheduler": schedule}
