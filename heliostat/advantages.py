@@ -7,7 +7,7 @@ weights of prompts too, ``rl_weight`` and ``sft_weight`` ``(B,)``. What it remem
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,17 @@ from torch import Tensor, nn
 from heliostat.components.distributed import default_group, gather_rows
 from heliostat.components.grao import grao_advantages
 from heliostat.components.mc_grpo import Scale, drop_pivots, median_centered_advantages
-from heliostat.components.policy_gradient import group_relative_advantages
+from heliostat.components.policy_gradient import Aggregation, group_relative_advantages
 from heliostat.components.spo import BetaValueTracker, forgetting_factor, policy_drift, whiten_advantages
 
 Forgetting = Literal["drift", "constant"]
 Whitening = Literal["sequence", "token"]
 Score = Callable[[Tensor, Tensor], Tensor]
+
+_OTHER_PROMPTS = (
+    "has the values of other training prompts (their tokens or their order differ): train on the same ones, or begin "
+    "with a new ValueTracker"
+)
 
 
 class AdvantageEstimator(nn.Module):
@@ -37,6 +42,8 @@ class AdvantageEstimator(nn.Module):
     """Rollouts that are drawn of each prompt beyond those that are trained on."""
     scores_demonstrations = False
     """Whether it needs ``demonstration_rewards`` ``(B, M)``."""
+    loss_type: ClassVar[Aggregation] = "grpo"
+    """How its paper averages the loss, see `heliostat.components.clipped_surrogate_loss`."""
 
     @property
     def offline_generations(self) -> int:
@@ -50,8 +57,11 @@ class AdvantageEstimator(nn.Module):
             ValueError: It cannot.
         """
 
-    def setup(self, num_prompts: int | None) -> None:
-        """Learn how many training prompts there are, None if nobody knows. Called before a checkpoint is loaded."""
+    def setup(self, num_prompts: int | None, fingerprint: int | None = None) -> None:
+        """Learn how many training prompts there are, and which, None if nobody knows.
+
+        Called before a checkpoint is loaded.
+        """
 
     def start(self, successes: Tensor, trials: Tensor) -> None:
         """Take in the sums of the rewards of ``offline_generations``, ``(n,)``, and of how many they are."""
@@ -161,9 +171,10 @@ class ReferenceInGroup(AdvantageEstimator):
 
         advantage of a rollout  (1 + lam) A_i,   weight of the demonstration  beta A_y - lam mean_i A_i
 
-    which is the gradient of `heliostat.components.group_direct_alignment_loss` with one update a batch and the average
-    ``loss_type="prompt"``. There is no ratio in GRAO, so more updates a batch are not corrected for. Prompts without
-    demonstration have A_i alone. Logged are ``target_advantage`` and ``target_reward``, means over demonstrations.
+    which is the gradient of `heliostat.components.group_direct_alignment_loss` with one update a batch and its own
+    average over each prompt's rollouts. There is no ratio in GRAO, so more updates a batch are not corrected for.
+    Prompts without demonstration have A_i alone. Logged are ``target_advantage`` and ``target_reward``, means over
+    demonstrations.
 
     Args:
         beta: See `heliostat.components.group_direct_alignment_loss`, so are the next three.
@@ -179,6 +190,8 @@ class ReferenceInGroup(AdvantageEstimator):
         ValueError: For a negative weight.
         MisconfigurationException: If batches have no demonstrations.
     """
+
+    loss_type = "prompt"
 
     def __init__(
         self,
@@ -233,11 +246,11 @@ class ReferenceInGroup(AdvantageEstimator):
 class ValueTracker(AdvantageEstimator):
     """SPO's (arXiv 2509.13232): reward less the prompt's tracked success rate, whitened over the batch.
 
-    For one rollout a prompt, or few. After every update each prompt's tracker forgets by how far the policy has moved
-    on the response that it gave last time, which is kept with its log-probabilities, and takes in the rewards, which
-    must lie in [0, 1]. Where the training loader's sampler has ``set_weights``
-    (``PromptDataModule(prioritized=True)``), prompts whose outcome is uncertain are drawn more often. Logged are
-    ``value``, ``drift``, ``rho`` and ``rho_clipped``, the share of forgetting factors at a bound.
+    For one rollout a prompt, or few; the loss is averaged over the tokens of the batch. After every update each
+    prompt's tracker forgets by how far the policy has moved on the response that it gave last time, which is kept with
+    its log-probabilities, and takes in the rewards, which must lie in [0, 1]. Where the training loader's sampler has
+    ``set_weights`` (``PromptDataModule(prioritized=True)``), prompts whose outcome is uncertain are drawn more often.
+    Logged are ``value``, ``drift``, ``rho`` and ``rho_clipped``, the share of forgetting factors at a bound.
 
     Args:
         offline_generations: Rollouts of every prompt that start the trackers; the paper found that they are needed. 0:
@@ -254,11 +267,15 @@ class ValueTracker(AdvantageEstimator):
 
     Raises:
         ValueError: For an unknown choice, or a negative number of rollouts.
-        MisconfigurationException: If the number of prompts is not known, or batches have no ``index``.
+        MisconfigurationException: If the number of prompts is not known, it has the values of other ones, or batches
+            have no ``index``.
+        RuntimeError: A checkpoint's values are of other prompts.
     """
 
+    loss_type = "dapo"
     tracker: BetaValueTracker | None
     started: Tensor
+    fingerprint: Tensor
     stored_ids: Tensor
     stored_lengths: Tensor
     stored_logps: Tensor
@@ -291,6 +308,7 @@ class ValueTracker(AdvantageEstimator):
         self.explore, self.gamma, self.whiten = explore, gamma, whiten
         self.register_module("tracker", None)  # once the number of prompts is known
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("fingerprint", torch.zeros((), dtype=torch.long))  # of the prompts; 0: not known
         self._forget_responses(0, 0)
 
     @property
@@ -298,17 +316,26 @@ class ValueTracker(AdvantageEstimator):
         """Rollouts of each prompt to start the trackers from; 0 once they have started."""
         return 0 if self.started else self.num_offline
 
-    def setup(self, num_prompts: int | None) -> None:
-        """Make the trackers."""
-        if self.tracker is not None:
-            return
-        if num_prompts is None:
-            raise MisconfigurationException(
-                "ValueTracker keeps a value for every training prompt, and the data module has no num_prompts: use "
-                "PromptDataModule, or give yours this attribute and batches an index from 0 to num_prompts - 1"
-            )
+    def setup(self, num_prompts: int | None, fingerprint: int | None = None) -> None:
+        """Make the trackers, or see that those there are belong to these prompts."""
+        if self.tracker is None:
+            if num_prompts is None:
+                raise MisconfigurationException(
+                    "ValueTracker keeps a value for every training prompt, and the data module has no num_prompts: use "
+                    "PromptDataModule, or give yours this attribute and batches an index from 0 to num_prompts - 1"
+                )
+            self._make(num_prompts)
+        elif num_prompts not in (None, len(self.stored_lengths)) or self._is_of_others(fingerprint):
+            raise MisconfigurationException(f"ValueTracker {_OTHER_PROMPTS}")
+        if fingerprint is not None:
+            self.fingerprint.fill_(fingerprint)
+
+    def _make(self, num_prompts: int) -> None:
         self.tracker = BetaValueTracker(num_prompts, self.prior or 0.5).to(self.started.device)
         self._forget_responses(num_prompts, 0)
+
+    def _is_of_others(self, fingerprint: int | Tensor | None) -> bool:
+        return int(fingerprint or 0) not in (0, int(self.fingerprint)) and bool(self.fingerprint)
 
     def start(self, successes: Tensor, trials: Tensor) -> None:
         """Start the trackers from the initial policy's rollouts."""
@@ -395,7 +422,10 @@ class ValueTracker(AdvantageEstimator):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         ids = state_dict.get(f"{prefix}stored_ids")
         if ids is not None and f"{prefix}tracker.alpha" in state_dict:  # of a size that only the checkpoint knows
-            self.setup(len(ids))
+            if self.tracker is None:
+                self._make(len(ids))
             if len(ids) == len(self.stored_ids):
                 self._forget_responses(*ids.shape)
+        if self._is_of_others(state_dict.get(f"{prefix}fingerprint")):
+            args[-1].append(f"the ValueTracker of the checkpoint {_OTHER_PROMPTS}")  # raised by load_state_dict
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -155,6 +155,18 @@ def test_value_tracker_starts_once_and_its_state_is_whole() -> None:
     other.setup(4)
     with pytest.raises(RuntimeError, match="size mismatch"):
         other.load_state_dict(estimator.state_dict())
+    for ours, theirs, fits in ((1, 1, True), (1, 2, False), (1, None, True), (None, 2, True)):
+        one, another = ValueTracker(), ValueTracker()
+        one.setup(3, theirs)
+        another.setup(3, ours)
+        if fits:
+            another.load_state_dict(one.state_dict())
+        else:
+            with pytest.raises(RuntimeError, match="has the values of other training prompts"):
+                another.load_state_dict(one.state_dict())
+    estimator.setup(3)  # a second fit
+    with pytest.raises(MisconfigurationException, match="has the values of other training prompts"):
+        estimator.setup(4)
     half = estimator.bfloat16()
     assert half.stored_logps.dtype == torch.float32
     assert half.tracker.alpha.dtype == torch.float64

@@ -27,7 +27,8 @@ class DYPOGate(Callback):
     - ``rl_weight``: 1 for Mid prompts, of which some rollouts succeed and some fail, else 0;
     - ``sft_weight``: ``gamma`` for Hard prompts, of which all fail, if they have a demonstration, else 0;
     - ``teacher_index``: whose demonstration to imitate, drawn at random from those that there are, anew at every step;
-      -1 where nobody's.
+      -1 where nobody's;
+    - ``gal_weight``: 0, the share of the group alignment loss, before ``start_step`` alone.
 
     The module multiplies its prompts' losses by these weights and averages over all prompts with rollouts, Easy ones
     too, of which all rollouts succeed. GRPO and the group alignment loss of Mid prompts are the module's: DYPO is
@@ -45,7 +46,8 @@ class DYPOGate(Callback):
         success_threshold: A reward above it is a success.
         hard_max_successes: Hard are prompts with at most so many successes.
         easy_max_failures: Easy are others with at most so many failures.
-        start_step: Batches before the gate acts. Until then every prompt is reinforced and none imitated.
+        start_step: Batches before the gate acts. Until then every prompt is reinforced, by GRPO alone, and none
+            imitated.
         seed: Seed of the draws.
 
     Raises:
@@ -100,6 +102,8 @@ class DYPOGate(Callback):
         taught = teacher >= 0
         batch["rl_weight"], batch["sft_weight"] = rl_weight, self.gamma * taught.to(rewards.dtype)
         batch["teacher_index"] = teacher
+        if not acts:
+            batch["gal_weight"] = torch.zeros_like(rl_weight)
         counts = [(tier == code).sum() for code in (HARD, MID, EASY, SKIP)]
         counts += [(hard & ~taught).sum(), *_total(rewards, valid)]
         self._log(pl_module, torch.stack([count.double() for count in counts]), len(rewards))

@@ -15,7 +15,8 @@ from heliostat.callbacks._figures import run_directory, save_figure
 class MetricCurves(Callback):
     """Draw every logged metric over the steps, one panel a metric, and print start, end, lowest and highest.
 
-    Works with any module: it reads what the module logs. ``train/x`` and ``val/x`` share the panel ``x``. With
+    Works with any module and callback: it reads what they log under a name with a slash, ``val/x`` in validation, all
+    others, such as ``train/x`` and ``dypo/x``, in training. Names that are alike behind the slash share a panel. With
     ``Trainer(num_sanity_val_steps=-1)`` the whole validation set is measured before training: the curves' first point.
     The picture goes to the run's directory and to every logger that takes images; the history survives a resume.
 
@@ -37,18 +38,18 @@ class MetricCurves(Callback):
         step = trainer.global_step
         pace = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step != self._last_step and (step == 1 or step % pace == 0):
-            self._record(trainer, step, "train/")
+            self._record(trainer, step, validation=False)
         self._last_step = step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record validation metrics, those of the sanity check included."""
         whole_set = trainer.num_sanity_val_steps == float("inf")
         if not trainer.sanity_checking or whole_set:
-            self._record(trainer, trainer.global_step, "val/")
+            self._record(trainer, trainer.global_step, validation=True)
 
-    def _record(self, trainer: Trainer, step: int, prefix: str) -> None:
+    def _record(self, trainer: Trainer, step: int, validation: bool) -> None:
         for name, value in trainer.callback_metrics.items():
-            if name.startswith(prefix) and not name.endswith(("_step", "_epoch")):
+            if "/" in name and name.startswith("val/") == validation and not name.endswith(("_step", "_epoch")):
                 points = self.history.setdefault(name, [])
                 if not points or points[-1][0] != step:
                     points.append((step, float(value)))

@@ -307,6 +307,7 @@ def clipped_surrogate_loss(
     ref_logps: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual_clip: float | None = None,
     kl_coef: float = 0.0,
     ratio_level: RatioLevel = "token",
     aggregation: Aggregation = "prompt",
@@ -335,6 +336,7 @@ def clipped_surrogate_loss(
         ref_logps: log pi_ref, ``(B, G, T)``; needed for ``kl_coef > 0``, and else not read.
         clip_low: In (0, 1).
         clip_high: > 0.
+        dual_clip: Largest ratio that counts where A < 0, > 1; ``None``: no such bound.
         kl_coef: >= 0.
         ratio_level: ``"token"`` or ``"sequence"``.
         aggregation: See above.
@@ -361,6 +363,7 @@ def clipped_surrogate_loss(
         ref_logps=ref_logps,
         clip_low=clip_low,
         clip_high=clip_high,
+        dual_clip=dual_clip,
         kl_coef=kl_coef,
         ratio_level=ratio_level,
     )
@@ -424,20 +427,22 @@ def clipped_token_losses(
     *,
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None = None,
     ref_logps: Tensor | None = None,
     kl_coef: float = 0.0,
     ratio_level: RatioLevel = "token",
-    dual_clip: float = math.inf,
     max_log_ratio: float = math.inf,
 ) -> Tensor:
     """The l_t of `clipped_surrogate_loss` for ``(..., T)``, 0 where ``mask`` is False.
 
-    For A < 0 the ratio counts no further than ``dual_clip``, and log rho nowhere beyond +-``max_log_ratio``.
+    log rho counts nowhere beyond +-``max_log_ratio``.
     """
     if not 0 < clip_low < 1:
         raise ValueError(f"clip_low must be in (0, 1), got {clip_low}")
     if not clip_high > 0:
         raise ValueError(f"clip_high must be > 0, got {clip_high}")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be > 1, or None for no bound, got {dual_clip}")
     if not kl_coef >= 0:
         raise ValueError(f"kl_coef must be >= 0, got {kl_coef}")
     if ratio_level not in get_args(RatioLevel):
@@ -456,7 +461,7 @@ def clipped_token_losses(
         # Bounded before the exponential, a ratio that overflows there has no gradient, instead of NaN.
         lowest = torch.full_like(a, -max_log_ratio).masked_fill(a < 0, max(math.log1p(-clip_low), -max_log_ratio))
         highest = torch.full_like(a, min(math.log1p(clip_high), max_log_ratio)).masked_fill(
-            a < 0, min(math.log(dual_clip), max_log_ratio)
+            a < 0, min(math.log(math.inf if dual_clip is None else dual_clip), max_log_ratio)
         )
         losses = -a * log_ratio.clamp(lowest, highest).exp()
         if kl_coef > 0 and ref_logps is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from heliostat.datamodules.captions import Captions, caption_texts
-from heliostat.datamodules.hub import check_columns, is_saved_dataset, load_dataset, looks_like_hub_id
+from heliostat.datamodules.hub import check_columns, is_dataset, is_saved_dataset, load_dataset
 from heliostat.datamodules.image_readers import (
     IMAGE_SUFFIXES,
     DatasetPictures,
@@ -67,17 +67,12 @@ class Columns:
     encoding: str
 
 
-def is_dataset(source: str | Sequence[str]) -> bool:
-    """Tell a Hugging Face data set (a directory or an id on the Hub) from files, by its name where nothing exists.
-
-    A directory is none if pictures lie in it and no data files: then it is an image folder.
-    """
-    if not isinstance(source, str) or source in ("twemoji", "digits"):
+def is_picture_dataset(source: str | Sequence[str]) -> bool:
+    """Tell a Hugging Face data set from files; an image folder, with pictures and no data files, is none."""
+    if source in ("twemoji", "digits") or not is_dataset(source, (*SUFFIXES, *_ARCHIVES)):
         return False
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return is_saved_dataset(path) or not _is_image_folder(path)
-    return not path.is_file() and looks_like_hub_id(source, (*SUFFIXES, *_ARCHIVES))
+    folder = Path(str(source)).expanduser()
+    return not folder.is_dir() or is_saved_dataset(folder) or not _is_image_folder(folder)
 
 
 def _is_image_folder(folder: Path) -> bool:
@@ -128,7 +123,7 @@ def open_captioned(
         return CaptionedPictures(
             pictures, Captions([name] for name in names), [str(label) for label in pictures.labels], _each(names)
         )
-    if is_dataset(source):
+    if is_picture_dataset(source):
         return _open_dataset(str(source), argument, columns, split)
     paths = [source] if isinstance(source, str) else list(source)
     if paths and all(map(looks_like_shards, paths)):

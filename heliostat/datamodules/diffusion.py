@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from heliostat.components.latents import LatentScale, PosteriorEncoder
 from heliostat.components.text_cache import CachedTextEmbeddings, CacheDtype
-from heliostat.datamodules.captioned_pictures import CaptionedPictures, Columns, is_dataset, open_captioned
+from heliostat.datamodules.captioned_pictures import CaptionedPictures, Columns, is_picture_dataset, open_captioned
 from heliostat.datamodules.image_readers import Pictures
 from heliostat.datamodules.loading import (
     GlobalBatchSampler,
@@ -670,7 +670,7 @@ def _names_to_precompute(precompute: bool | Sequence[str], models: Mapping[str, 
 
 
 def _check_streaming(pictures: Any, label_column: Any, kept: frozenset[str]) -> None:
-    if not is_dataset(pictures):
+    if not is_picture_dataset(pictures):
         raise ValueError(f"streaming=True is for Hugging Face data sets, got pictures={pictures!r:.200}")
     if label_column is not None:
         raise ValueError(f"streaming=True does not know all classes; leave out label_column={label_column!r}")

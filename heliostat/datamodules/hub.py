@@ -20,6 +20,14 @@ def looks_like_hub_id(source: str, file_suffixes: tuple[str, ...]) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)) and not source.lower().endswith(file_suffixes)
 
 
+def is_dataset(source: Any, file_suffixes: tuple[str, ...]) -> bool:
+    """Tell a data set (a directory or an id on the Hub) from files, by its name where nothing exists."""
+    if not isinstance(source, str):
+        return False
+    path = Path(source).expanduser()
+    return path.is_dir() or (not path.is_file() and looks_like_hub_id(source, file_suffixes))
+
+
 def is_saved_dataset(folder: Path) -> bool:
     """Tell a directory that ``save_to_disk`` wrote."""
     return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))

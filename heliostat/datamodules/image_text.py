@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from heliostat.components.text_cache import CachedTextEmbeddings
-from heliostat.datamodules.captioned_pictures import Columns, is_dataset, open_captioned
+from heliostat.datamodules.captioned_pictures import Columns, is_picture_dataset, open_captioned
 from heliostat.datamodules.loading import (
     GlobalBatchSampler,
     ResumableLoader,
@@ -190,7 +190,7 @@ class ImageTextDataModule(LightningDataModule):
                 "streaming=True does not know all texts before training, so their embeddings cannot be cached; give "
                 "cache=False, or streaming=False"
             )
-        if streaming and not is_dataset(pairs):
+        if streaming and not is_picture_dataset(pairs):
             raise ValueError(
                 f"streaming=True is for Hugging Face data sets, got pairs={pairs!r:.200}; shards and the pictures of "
                 "tables are read while training in any case"

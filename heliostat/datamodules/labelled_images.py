@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from heliostat.components.corruptions import CORRUPTIONS, corrupt
+from heliostat.datamodules.hub import has_splits
 from heliostat.datamodules.image_readers import DatasetPictures, Pictures, open_pictures
 from heliostat.datamodules.loading import (
     ClassBatchSampler,
@@ -250,7 +251,7 @@ class LabelledImageDataModule(LightningDataModule):
                 source, argument, split=split, image_column=self.image_column, label_column=self.label_column
             )
             pictures, names = opened, opened.class_names
-        own_split = isinstance(pictures, DatasetPictures) and split != self.splits[0]
+        own_split = isinstance(pictures, DatasetPictures) and has_splits(str(source)) and split != self.splits[0]
         if argument != "images" and source == self.images and not own_split:
             raise ValueError(f"{argument}={source!r} are the training pictures; None takes a part of them")
         wanted = None if self.classes is None else set(self.classes)

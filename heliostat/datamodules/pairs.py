@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from heliostat._extras import require
-from heliostat.datamodules.captioned_pictures import CaptionedPictures, Columns, is_dataset
+from heliostat.datamodules.captioned_pictures import CaptionedPictures, Columns, is_picture_dataset
 from heliostat.datamodules.captions import caption_texts
 from heliostat.datamodules.hub import check_columns, has_splits, load_dataset, share_stream
 from heliostat.datamodules.image_readers import encoded_image
@@ -85,7 +85,7 @@ def list_parts(
     parts: dict[str, Part] = {}
     for name, (other, source), split in zip(("val", "test"), others, splits[1:], strict=True):
         if source is not None:
-            own_split = is_dataset(source) and has_splits(str(source)) and split != splits[0]
+            own_split = is_picture_dataset(source) and has_splits(str(source)) and split != splits[0]
             if source == training and not own_split:
                 raise ValueError(f"{other}={source!r} are the training {argument}; None takes a part of them")
             opened = open_source(source, other, split)

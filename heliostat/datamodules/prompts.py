@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from heliostat.datamodules.hub import check_columns, load_dataset, looks_like_hub_id
+from heliostat.datamodules.hub import check_columns, is_dataset, load_dataset
 from heliostat.datamodules.loading import GlobalBatchSampler, ResumableLoader, loader_arguments
 from heliostat.datamodules.readers import SUFFIXES, Row, read_rows
 from heliostat.datamodules.sources.arithmetic import ArithmeticPrompts, NoisyArithmetic, arithmetic_tokenizer
@@ -111,6 +113,7 @@ class PromptDataModule(LightningDataModule):
 
     Attributes:
         num_prompts: Number of training prompts, known after setup for fit or predict.
+        prompts_fingerprint: Stands for their tokens, in order; known like ``num_prompts``.
 
     Raises:
         ValueError: An argument out of range, or without effect; a tokenizer without EOS, padding or chat template; or,
@@ -204,6 +207,16 @@ class PromptDataModule(LightningDataModule):
             raise MisconfigurationException("num_prompts is known after setup('fit') or setup('predict')")
         return len(self._sets["train"])
 
+    @cached_property
+    def prompts_fingerprint(self) -> int:
+        """A hash of the training prompts' tokens, in order."""
+        if "train" not in self._sets:
+            raise MisconfigurationException("prompts_fingerprint is known after setup('fit') or setup('predict')")
+        digest = hashlib.blake2b(digest_size=8)
+        for prompt in self._sets["train"]:
+            digest.update(array("q", [len(prompt.ids), *prompt.ids]))
+        return int.from_bytes(digest.digest(), "little", signed=True)
+
     def setup(self, stage: str) -> None:
         """Read and tokenize what the stage needs, once."""
         self._prepare_tokenizer()
@@ -223,7 +236,7 @@ class PromptDataModule(LightningDataModule):
             state = self.state_dict()
             sampler = self._sampler = PrioritizedPromptSampler(len(rows), self.batch_size, seed=self.seed, **ranks)
             if state:
-                sampler.load_state_dict(state)
+                self._load_weights(state)
         else:
             keyed = self.supervised == "demonstration"
             sampler = GlobalBatchSampler(rows, self.batch_size, seed=self.seed, keyed=keyed, **ranks)
@@ -248,14 +261,29 @@ class PromptDataModule(LightningDataModule):
         return self._ordered_loader("train")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights of prioritized drawing."""
-        return self._sampler.state_dict() if self._sampler else self._sampler_state
+        """Return the weights of prioritized drawing, and of which prompts they are."""
+        if self._sampler is None:
+            return self._sampler_state
+        return {**self._sampler.state_dict(), "prompts_fingerprint": self.prompts_fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Draw with the weights of ``state_dict``."""
+        """Draw with the weights of ``state_dict``.
+
+        Raises:
+            MisconfigurationException: They are of other prompts. Where these are not known yet, it comes later.
+        """
         self._sampler_state = state_dict
         if self._sampler:
-            self._sampler.load_state_dict(state_dict)
+            self._load_weights(state_dict)
+
+    def _load_weights(self, state: dict[str, Any]) -> None:
+        assert self._sampler is not None
+        if state["prompts_fingerprint"] != self.prompts_fingerprint:
+            raise MisconfigurationException(
+                "the checkpoint's weights of prioritized drawing are of other training prompts than PromptDataModule "
+                "has (their tokens or their order differ): train on the same ones, or begin anew"
+            )
+        self._sampler.load_state_dict(state)
 
     def _ordered_loader(self, name: str) -> DataLoader | list:
         if name not in self._sets:
@@ -342,7 +370,7 @@ class PromptDataModule(LightningDataModule):
         columns = [self.prompt_column, *([] if self.answer_column is None else [self.answer_column])]
         columns += self.demonstration_columns
         rows: Iterable[Row]
-        if isinstance(source, str) and _is_dataset(source):
+        if is_dataset(source, SUFFIXES):
             data = load_dataset(source, split, argument, streaming=False)
             check_columns(data.column_names, columns, f"{argument}={source!r}", _COLUMN_ARGUMENTS)
             data = data.select_columns(columns)
@@ -646,12 +674,6 @@ def _is_paths(source: Any) -> bool:
     return isinstance(source, (str, Path)) or (
         isinstance(source, (list, tuple)) and all(isinstance(path, (str, Path)) for path in source)
     )
-
-
-def _is_dataset(source: str) -> bool:
-    """Tell a Hugging Face data set (a directory or an id on the Hub) from files, by its name where nothing exists."""
-    path = Path(source).expanduser()
-    return path.is_dir() or (not path.is_file() and looks_like_hub_id(source, SUFFIXES))
 
 
 def _answer(value: object, where: str) -> str | None:

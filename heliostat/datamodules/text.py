@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from heliostat._extras import require
-from heliostat.datamodules.hub import check_columns, load_dataset, looks_like_hub_id
+from heliostat.datamodules.hub import check_columns, is_dataset, load_dataset, share_stream
 from heliostat.datamodules.loading import GlobalBatchSampler, ResumableLoader, StreamLoader, local_batch_size
 from heliostat.datamodules.readers import SUFFIXES, Row, find_files, read_rows
 from heliostat.datamodules.sources.docstrings import docstring_pairs, docstring_sentences
@@ -144,7 +144,7 @@ class TextDataModule(LightningDataModule):
         collate = _Collate(self._tokenizer(), self.max_length).sentences
         if self.streaming:
             return StreamLoader(
-                self._stream(rank, world_size),
+                self._stream(),
                 self.trainer,
                 batch_size=local_batch_size(self.batch_size, world_size),
                 drop_last=True,
@@ -256,7 +256,7 @@ class TextDataModule(LightningDataModule):
     def _rows(
         self, argument: str, source: str | Sequence[str], split: str, columns: Sequence[str | int], column_argument: str
     ) -> Iterator[Row]:
-        if _is_dataset(source):
+        if is_dataset(source, SUFFIXES):
             data = load_dataset(str(source), split, argument, streaming=False)
             check_columns(data.column_names, columns, f"{argument}={source!r}", column_argument)
             data = data.select_columns(list(columns))
@@ -264,10 +264,10 @@ class TextDataModule(LightningDataModule):
             return (Row(tuple(row[c] for c in columns), name, number) for number, row in enumerate(data, 1))
         return read_rows(source, columns, encoding=self.encoding, argument=column_argument)
 
-    def _stream(self, rank: int, world_size: int) -> _SentenceStream:
+    def _stream(self) -> _SentenceStream:
         datasets = require("datasets", "TextDataModule(streaming=True)")
         column: str | int = self.sentence_column
-        if _is_dataset(self.sentences):
+        if is_dataset(self.sentences, SUFFIXES):
             rows = load_dataset(str(self.sentences), self.splits[0], "sentences", streaming=True)
             if rows.column_names is not None:
                 check_columns(rows.column_names, [column], f"sentences={self.sentences!r}", "sentence_column")
@@ -277,18 +277,8 @@ class TextDataModule(LightningDataModule):
             rows = datasets.IterableDataset.from_generator(_read_files, gen_kwargs=options)
             column = "sentence"
         rows = rows.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-        if world_size > 1:
-            trainer = self.trainer
-            assert trainer is not None
-            if trainer.max_steps == -1 and not isinstance(trainer.limit_train_batches, int):
-                raise MisconfigurationException(
-                    f"TextDataModule(streaming=True) on {world_size} processes: their shares of the stream differ in "
-                    "length, so they cannot tell together when an epoch ends. Set Trainer(limit_train_batches=<int>) "
-                    "or Trainer(max_steps=...)"
-                )
-            distributed = require("datasets.distributed", "TextDataModule(streaming=True)")
-            rows = distributed.split_dataset_by_node(rows, rank, world_size)
-        return _SentenceStream(rows, column, endless=world_size > 1)
+        rows = share_stream(rows, self.trainer, "TextDataModule(streaming=True)")
+        return _SentenceStream(rows, column, endless=bool(self.trainer and self.trainer.world_size > 1))
 
 
 class _Pair(NamedTuple):
@@ -373,10 +363,3 @@ def _without_empty(rows: Iterable[Row], argument: str, sentences: int = 1) -> It
             empty += 1
     if empty:
         rank_zero_warn(f"{argument}: passed over {empty} of {total} rows, which have an empty sentence")
-
-
-def _is_dataset(source: str | Sequence[str]) -> bool:
-    """Tell a Hugging Face data set (a directory or an id on the Hub) from files, by its name where nothing exists."""
-    if not isinstance(source, str) or Path(source).expanduser().is_file():
-        return False
-    return Path(source).expanduser().is_dir() or looks_like_hub_id(source, SUFFIXES)

@@ -136,7 +136,8 @@ def index_shards(
             their caption in .txt. ``"txt"``: the .txt member in any case.
         label_column: Key of the class in .json members; samples without one have it in .cls. None: no classes.
         cache_dir: Keep the index of each shard here. The name of an index tells the size and the time of the last
-            change of its shard, so that of a changed one is not found. None: do not.
+            change of its shard, so that of a changed one is not found. One that is damaged is made anew with a
+            warning. None: do not.
 
     Raises:
         FileNotFoundError: A shard is not there.
@@ -185,7 +186,10 @@ def _cached_index(
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     file = cache_dir / "shards" / f"{name}.pt"
     if file.is_file():
-        return torch.load(file, weights_only=True)
+        try:
+            return torch.load(file, weights_only=True)
+        except Exception as error:  # a damaged file raises errors of many kinds
+            rank_zero_warn(f"the index of {path!r} in {file} is damaged ({type(error).__name__}), and made anew")
     state = _index(path, argument, caption_columns, label_column)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -71,15 +71,17 @@ class GroupPolicy(LightningModule):
     and the estimator turns rewards into advantages. Every callback's ``on_train_batch_start`` thus finds in the batch:
     ``completion_ids`` and ``completion_mask`` ``(B, G, T)``, the texts ``completion`` (B lists of G), ``rewards``,
     ``rollout_mask`` (False for rollouts that could not be judged) and ``advantages`` ``(B, G)``. It may set
-    ``rl_weight``, ``sft_weight`` and ``teacher_index``, ``(B,)`` each, as `heliostat.DYPOGate` does. Then
+    ``rl_weight``, ``gal_weight``, ``sft_weight`` and ``teacher_index``, ``(B,)`` each, as `heliostat.DYPOGate` does.
+    Then
 
         L = mean over prompts of  rl_weight [(1 - gal_weight) L_clip + gal_weight L_GAL] + sft_weight L_NLL
 
     with the clipped surrogate and the group alignment loss of `heliostat.components`, and the mean negative
-    log-likelihood of a demonstration's tokens. Without anybody setting them, ``rl_weight`` is 1, ``sft_weight`` 0 and
-    ``teacher_index`` the first available teacher. The mean is over the prompts of all processes that have rollouts or
-    are taught. Log-probabilities are at the temperature of the rollouts. What has weight or advantage 0 is not
-    computed; a process with nothing to learn takes part in the others' step all the same.
+    log-likelihood of a demonstration's tokens. Without anybody setting them, ``rl_weight`` is 1, ``gal_weight`` the
+    argument of this name, ``sft_weight`` 0 and ``teacher_index`` the first available teacher. The mean is over the
+    prompts of all processes that have rollouts or are taught. Log-probabilities are at the temperature of the rollouts.
+    What has weight or advantage 0 is not computed; a process with nothing to learn takes part in the others' step all
+    the same.
 
     Optimisation is manual: a batch makes ``inner_epochs`` steps, which ``max_steps`` and ``global_step`` count;
     ``micro_batch_size`` takes the place of ``accumulate_grad_batches`` and ``max_grad_norm`` that of
@@ -109,9 +111,10 @@ class GroupPolicy(LightningModule):
         clip_low: See `heliostat.components.clipped_surrogate_loss`, so are the next four.
         clip_high: > 0.
         ratio_level: ``"token"`` or ``"sequence"``.
-        loss_type: Its ``aggregation``. ``"dr_grpo"`` takes the longest completion from the generator.
+        loss_type: Its ``aggregation``; None: the estimator's own, ``advantages.loss_type``. ``"dr_grpo"`` takes the
+            longest completion from the generator.
         dual_clip: Largest ratio that counts for negative advantages, > 1; None: no such bound.
-        gal_weight: Share of the group alignment loss (DYPO's 1 - alpha), in [0, 1].
+        gal_weight: Share of the group alignment loss (DYPO's 1 - alpha), in [0, 1], where a batch has no other.
         beta_gal: See `heliostat.components.group_alignment_loss`.
         inner_epochs: Steps of the optimizer with each batch of rollouts.
         micro_batch_size: Prompts of a process in one forward and backward pass; None: all. Changes memory and nothing
@@ -148,7 +151,7 @@ class GroupPolicy(LightningModule):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         ratio_level: RatioLevel = "token",
-        loss_type: Aggregation = "grpo",
+        loss_type: Aggregation | None = None,
         dual_clip: float | None = None,
         gal_weight: float = 0.0,
         beta_gal: float = 1.0,
@@ -185,15 +188,16 @@ class GroupPolicy(LightningModule):
             raise ValueError(f"dual_clip must be > 1, or None for no bound, got {dual_clip}")
         if not 0 <= gal_weight <= 1:
             raise ValueError(f"gal_weight must be in [0, 1], got {gal_weight}")
+        self.generator = generator or TransformersGenerator()
+        self.advantages = advantages or GroupRelative()
+        self.advantages.check(num_generations)
+        loss_type = self.advantages.loss_type if loss_type is None else loss_type
         for name, choice, choices in (
             ("ratio_level", ratio_level, get_args(RatioLevel)),
             ("loss_type", loss_type, get_args(Aggregation)),
         ):
             if choice not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {choice!r}")
-        self.generator = generator or TransformersGenerator()
-        self.advantages = advantages or GroupRelative()
-        self.advantages.check(num_generations)
         self.max_completion_length = getattr(self.generator, "max_new_tokens", None)
         if loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(f"loss_type='dr_grpo' needs max_new_tokens of {type(self.generator).__name__}")
@@ -206,8 +210,7 @@ class GroupPolicy(LightningModule):
         self.num_generations, self.kl_coef = num_generations, kl_coef
         self.clip_low, self.clip_high, self.ratio_level = clip_low, clip_high, ratio_level
         self.loss_type: Aggregation = loss_type
-        self.dual_clip = math.inf if dual_clip is None else dual_clip
-        self.gal_weight, self.beta_gal = gal_weight, beta_gal
+        self.dual_clip, self.gal_weight, self.beta_gal = dual_clip, gal_weight, beta_gal
         self.inner_epochs, self.micro_batch_size, self.max_grad_norm = inner_epochs, micro_batch_size, max_grad_norm
         self.eval_generations, self.success_threshold = eval_generations, success_threshold
         self.optimizer, self.lr_scheduler, self.warmup_steps = optimizer, lr_scheduler, warmup_steps
@@ -239,7 +242,7 @@ class GroupPolicy(LightningModule):
                 "set the one that the model was trained with, for example tokenizer.eos_token = '</s>'"
             )
         if stage == "fit":
-            self.advantages.setup(getattr(data, "num_prompts", None))
+            self.advantages.setup(getattr(data, "num_prompts", None), getattr(data, "prompts_fingerprint", None))
 
     def on_fit_start(self) -> None:
         """Take the model as it is now, its weights loaded, for the reference, unless this run is a resumed one."""
@@ -386,6 +389,13 @@ class GroupPolicy(LightningModule):
         rewards, valid = batch["rewards"], batch["rollout_mask"]
         dtype = rewards.dtype
         rl_weight = self._weight(batch, "rl_weight", 1.0)
+        gal_weight = self._weight(batch, "gal_weight", self.gal_weight)
+        if not ((gal_weight >= 0) & (gal_weight <= 1)).all() or (gal_weight.any() and not self.uses_reference):
+            raise MisconfigurationException(
+                "gal_weight of a batch must be in [0, 1], and 0 for a GroupPolicy without reference, which gal_weight "
+                f"> 0 or kl_coef > 0 gives it; got {gal_weight.min():g} to {gal_weight.max():g} with "
+                f"GroupPolicy(gal_weight={self.gal_weight:g}, kl_coef={self.kl_coef:g})"
+            )
         sft_weight = self._weight(batch, "sft_weight", 0.0)
         teacher = torch.zeros_like(valid[:, 0], dtype=torch.long)
         taught = sft_weight != 0
@@ -402,9 +412,8 @@ class GroupPolicy(LightningModule):
                 "to 0 there, or teacher_index to one that demonstration_available has, or give the data module teachers"
             )
         learnt = valid & (batch["advantages"] != 0)
-        if self.gal_weight > 0:
-            others = rewards[:, :, None] != rewards[:, None, :]
-            learnt |= valid & (others & valid[:, None, :]).any(2)
+        others = (rewards[:, :, None] != rewards[:, None, :]) & valid[:, None, :]
+        learnt |= valid & others.any(2) & (gal_weight > 0)[:, None]
         if self.kl_coef > 0:
             learnt = valid.clone()
         learnt &= (rl_weight != 0)[:, None]
@@ -426,7 +435,7 @@ class GroupPolicy(LightningModule):
             dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
         micro_batches += [rows[:0]] * (int(number) - len(micro_batches))
         prompts = shared_count(counted.sum().to(dtype))
-        return _Task(micro_batches, learnt, taught, rl_weight, sft_weight, teacher, units, prompts)
+        return _Task(micro_batches, learnt, taught, rl_weight, gal_weight, sft_weight, teacher, units, prompts)
 
     def _loss(
         self,
@@ -493,9 +502,9 @@ class GroupPolicy(LightningModule):
         """What of each prompt's loss ``(b,)`` comes from its rollouts."""
         mask, valid, rewards = (batch[name][rows] for name in ("completion_mask", "rollout_mask", "rewards"))
         advantages = batch["advantages"][rows]
-        keep = mask & task.learnt[rows][:, :, None]
-        loss = torch.zeros_like(rewards[:, 0])
-        if self.gal_weight < 1:
+        share, keep = task.gal_weight[rows], mask & task.learnt[rows][:, :, None]
+        loss = torch.zeros_like(share)
+        if (share < 1).any():
             losses = clipped_token_losses(
                 logps,
                 old,
@@ -513,11 +522,11 @@ class GroupPolicy(LightningModule):
             else:
                 surrogate = losses.sum((1, 2))
             surrogate = surrogate / (valid.sum(1).clamp_min(1) if task.units is None else task.units)
-            loss = loss + (1 - self.gal_weight) * surrogate
-        if self.gal_weight > 0:
+            loss = loss + (1 - share) * surrogate
+        if share.any():
             assert reference is not None
             gal = group_alignment_loss(logps, reference, rewards, mask, valid, beta=self.beta_gal)
-            loss = loss + self.gal_weight * gal
+            loss = loss + share * gal
         with torch.no_grad():
             ratio = (logps - old).exp()
             up = advantages[:, :, None] > 0
@@ -525,10 +534,10 @@ class GroupPolicy(LightningModule):
             sums.add("clip_fraction", (clipped & keep).to(loss.dtype), keep.sum())
             if reference is not None:
                 sums.add("kl", kl_estimate(logps, reference).where(keep, 0), keep.sum())
-            if reference is not None and self.gal_weight > 0:
+            if reference is not None and share.any():
                 gain = (logps - reference).where(keep, 0).sum(2)
                 pairs = (rewards[:, :, None] > rewards[:, None, :]) & valid[:, :, None] & valid[:, None, :]
-                pairs &= (task.rl_weight[rows] != 0)[:, None, None]
+                pairs &= (task.rl_weight[rows] * share != 0)[:, None, None]
                 margins = (gain[:, :, None] - gain[:, None, :]).where(pairs, 0)
                 sums.add("gal_margin", margins, pairs.sum())
                 sums.add("pair_accuracy", (margins > 0).to(loss.dtype), pairs.sum())
@@ -705,6 +714,7 @@ class _Task(NamedTuple):
     learnt: Tensor  # (B, G): rollouts to learn from
     taught: Tensor  # (B,): prompts whose demonstration is imitated
     rl_weight: Tensor  # (B,)
+    gal_weight: Tensor  # (B,)
     sft_weight: Tensor  # (B,)
     teacher: Tensor  # (B,)
     units: Tensor | None  # see units_per_prompt

@@ -98,6 +98,8 @@ def test_start_step_and_state(tmp_path: Path) -> None:
     fit(tmp_path, whole, DYPOGate(start_step=2), max_steps=6)
     assert whole.seen[1]["rl_weight"].tolist() == [1, 1, 1, 1, 1, 1, 0, 1]
     assert not whole.seen[1]["sft_weight"].any()
+    assert whole.seen[1]["gal_weight"].tolist() == [0] * 8
+    assert "gal_weight" not in whole.seen[2]  # the module's own
     assert whole.seen[2]["rl_weight"].tolist() == [0, 1, 0, 0, 1, 0, 0, 1]
     trainer = fit(tmp_path, first, DYPOGate(start_step=2), max_steps=3)
     trainer.save_checkpoint(tmp_path / "a.ckpt")

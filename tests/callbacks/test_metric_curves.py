@@ -17,6 +17,8 @@ class Logging(BoringModel):
         loss = super().training_step(batch, batch_idx)["loss"]
         self.log("train/loss", loss)
         self.log("train/constant", 3.0)
+        self.log("method/share", float(batch_idx))
+        self.log("unnamed", float(batch_idx))
         return loss
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
@@ -43,13 +45,15 @@ def test_history_table_and_picture(tmp_path: Path) -> None:
     fit(tmp_path, curves)
     assert [step for step, _ in curves.history["train/loss"]] == [1, 2, 4, 6, 8]
     assert [step for step, _ in curves.history["val/loss"]] == [0, 4, 8]  # 0: before training
+    assert curves.history["method/share"] == [(1, 0), (2, 1), (4, 3), (6, 5), (8, 7)]
+    assert "unnamed" not in curves.history
     values = [value for _, value in curves.history["val/loss"]]
     row = next(line for line in curves.table().splitlines() if line.startswith("val/loss")).split()
     assert [float(v) for v in row[1:]] == pytest.approx([values[0], values[-1], min(values), max(values)], abs=1e-4)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     axes = curves.figure().axes
-    assert [a.get_title() for a in axes] == ["loss"]  # both stages share a panel; a constant has none
-    assert len(axes[0].lines) == 2
+    assert [a.get_title() for a in axes] == ["share", "loss"]  # both stages share a panel; a constant has none
+    assert [len(a.lines) for a in axes] == [1, 2]
 
 
 def test_a_partial_sanity_check_is_no_measurement(tmp_path: Path) -> None:

@@ -340,6 +340,7 @@ class TestSurrogate(OperatorContract):
             "rollout mask": (call(rollout_mask=x["token_mask"]), r"rollout_mask must have the shape \(B, G\) of logps"),
             "low": (call(clip_low=1.0), r"clip_low must be in \(0, 1\), got 1.0"),
             "high": (call(clip_high=0.0), "clip_high must be > 0, got 0.0"),
+            "dual": (call(dual_clip=1.0), "dual_clip must be > 1, or None for no bound, got 1.0"),
             "kl": (call(kl_coef=-1.0), "kl_coef must be >= 0, got -1.0"),
             "reference": (call(kl_coef=0.1, ref_logps=None), "ref_logps is needed for kl_coef=0.1"),
             "level": (call(ratio_level="word"), "ratio_level must be one of .* got 'word'"),
@@ -354,10 +355,9 @@ class TestSurrogate(OperatorContract):
 def test_surrogate_equals_its_definition(aggregation: str, ratio_level: str) -> None:
     x = {name: t.double() if t.is_floating_point() else t for name, t in rollouts().items()}
     logps = x["logps"].requires_grad_()
-    value = clipped_surrogate_loss(
-        **x, clip_low=0.1, kl_coef=0.2, ratio_level=ratio_level, aggregation=aggregation, max_completion_length=9
-    )
-    totals, means, tokens = [], [], 0
+    settings = {"clip_low": 0.1, "dual_clip": 1.3, "kl_coef": 0.2, "ratio_level": ratio_level}
+    value = clipped_surrogate_loss(**x, **settings, aggregation=aggregation, max_completion_length=9)
+    totals, means, tokens, bounded = [], [], 0, 0
     for b in range(8):
         totals.append([]), means.append([])
         for g in range(4):
@@ -368,10 +368,15 @@ def test_surrogate_equals_its_definition(aggregation: str, ratio_level: str) -> 
             ratio = log_ratio.sum().exp().expand_as(log_ratio) if ratio_level == "sequence" else log_ratio.exp()
             a = x["advantages"][b, g]
             r = (x["ref_logps"] - logps)[b, g][m]
-            losses = -torch.minimum(ratio * a, ratio.clamp(0.9, 1.2) * a) + 0.2 * (r.exp() - r - 1)
+            losses = -torch.minimum(ratio * a, ratio.clamp(0.9, 1.2) * a)
+            if a < 0:
+                bounded += int((ratio > 1.3).sum())
+                losses = losses.minimum(-1.3 * a)
+            losses = losses + 0.2 * (r.exp() - r - 1)
             totals[b].append(losses.sum())
             means[b].append(losses.sum() / max(1, len(losses)))
             tokens += len(losses)
+    assert bounded
     kept = sum(len(m) for m in means)
     zero = torch.zeros((), dtype=torch.float64)
     expected = {

@@ -435,6 +435,9 @@ class TestSources:
         settings = {"image_column": "img", "label_column": "y", "split": "images", "batch_size": 4, "num_workers": 1}
         if form == "splits":
             settings |= {"val_images": str(place), "splits": ("train", "dev", "dev")}
+        elif form == "saved":  # without splits: validation would be on the training pictures
+            with pytest.raises(ValueError, match="val_images='.*' are the training pictures; None takes a part"):
+                ready(small(str(place), str(place), **settings))
         for in_memory in (True, False):
             module = ready(small(str(place), in_memory=in_memory, **settings), "fit", "predict")
             assert module.class_names == ["ape", "bee", "cat"]

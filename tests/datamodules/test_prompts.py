@@ -540,6 +540,20 @@ class TestPrioritizedPromptSampler:
         assert indices(other.train_dataloader()) == indices(loader)  # a loader made again keeps them
         assert ready().state_dict() == {}
 
+    def test_weights_of_other_prompts_are_refused(self) -> None:
+        loader: Any = (data := ready(prioritized=True, batch_size=32)).train_dataloader()
+        loader.sampler.set_weights(torch.arange(147))
+        state = data.state_dict()
+        rows = [(prompt, answer, []) for prompt, answer, _ in ArithmeticPrompts()]
+        for change in (rows[::-1], [("1+1+1=", "03", []), *rows[1:]]):
+            data = ready(prompts=change, tokenizer="arithmetic", prioritized=True, batch_size=32)
+            data.load_state_dict(state)
+            with pytest.raises(MisconfigurationException, match="prioritized drawing are of other training prompts"):
+                data.train_dataloader()
+        data = ready(prompts=rows, tokenizer="arithmetic", prioritized=True, batch_size=32)
+        data.load_state_dict(state)
+        assert indices(data.train_dataloader()) == indices(loader)
+
     @pytest.mark.parametrize(
         ("weights", "message"),
         [

@@ -248,6 +248,19 @@ class TestSavedIndex:
         assert list(index(path, cache_dir=cache).captions) == [["number 5"]]
         assert not list(cache.rglob("*.tmp"))
 
+    @pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda whole: b"", lambda whole: b"x"])
+    def test_made_anew_if_damaged(self, tmp_path, damage):
+        path = shard(tmp_path / "a.tar", samples())
+        index(path, cache_dir=tmp_path / "cache")
+        (file,) = (tmp_path / "cache").rglob("*.pt")
+        file.write_bytes(damage(file.read_bytes()))
+        with pytest.warns(UserWarning, match=r"the index of '.*a.tar' in .*\.pt is damaged .*, and made anew"):
+            found = index(path, cache_dir=tmp_path / "cache")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = index(path, cache_dir=tmp_path / "cache")
+        assert list(again.captions) == list(found.captions) == [[f"number {i}"] for i in range(4)]
+
     def test_belongs_to_the_columns(self, tmp_path):
         record = {"caption": "short", "long": "a long one", "kind": "k"}
         path = shard(tmp_path / "a.tar", {"1.jpg": b"x", "1.json": json.dumps(record).encode()})

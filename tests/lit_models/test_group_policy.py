@@ -114,12 +114,17 @@ class Batches(Callback):
 
 
 def fit(
-    directory: Path, module: LightningModule, data: Any = None, callbacks: Any = (), **settings: Any
+    directory: Path,
+    module: LightningModule,
+    data: Any = None,
+    callbacks: Any = (),
+    ckpt_path: Path | None = None,
+    **settings: Any,
 ) -> dict[str, float]:
     trainer = quiet_trainer(
         directory, **{"max_steps": 1, "max_epochs": 100, "callbacks": [*callbacks], **FLOAT64, **settings}
     )
-    trainer.fit(module, prompts() if data is None else data)
+    trainer.fit(module, prompts() if data is None else data, ckpt_path=ckpt_path)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
@@ -192,7 +197,7 @@ class TestDYPO(Contract):
 class TestSPO(Contract):
     """With trackers, stored responses and prioritised sampling."""
 
-    settings = {"num_generations": 1, "loss_type": "dapo", "dual_clip": 10.0}  # noqa: RUF012
+    settings = {"num_generations": 1, "dual_clip": 10.0}  # noqa: RUF012
     rows = ROWS + ROWS[:4]
 
     def estimator(self) -> AdvantageEstimator:
@@ -214,6 +219,7 @@ class TestSPO(Contract):
         {"loss_type": "prompt", "kl_coef": 0.3, "inner_epochs": 2, "micro_batch_size": 3},
         {"loss_type": "dapo", "gal_weight": 0.4, "kl_coef": 0.2, "inner_epochs": 2, "micro_batch_size": 3},
         {"gal_weight": 1.0, "beta_gal": 0.7, "inner_epochs": 2},
+        {"gal_weight": 0.4, "shares": [0.0, 1.0, 0.5, 0.0, 0.2, 1.0, 0.5, 0.0], "micro_batch_size": 3},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -221,7 +227,9 @@ def test_steps_are_those_of_the_equations(tmp_path: Path, settings: dict) -> Non
     """Of the components' losses of log-probabilities that are computed in the plainest way."""
     settings = dict(settings)
     temperature = settings.pop("temperature", 1.0)
-    recorder = Batches(rl_weight=torch.tensor([1.0, 0.5, 0.0, 1.0, 1.0, 2.0, 1.0, 1.0], dtype=torch.float64))
+    share = torch.tensor(settings.pop("shares", [settings.get("gal_weight", 0.0)] * 8), dtype=torch.float64)
+    written = {"rl_weight": torch.tensor([1.0, 0.5, 0.0, 1.0, 1.0, 2.0, 1.0, 1.0], dtype=torch.float64)}
+    recorder = Batches(**written, **({} if (share == share[0]).all() else {"gal_weight": share}))
     module = policy(generator=FixedGenerator(temperature), **settings)
     epochs = settings.get("inner_epochs", 1)
     logged = fit(tmp_path, module, callbacks=[recorder], max_steps=epochs)
@@ -233,27 +241,26 @@ def test_steps_are_those_of_the_equations(tmp_path: Path, settings: dict) -> Non
         return plain_log_probs(model, batch, batch["completion_ids"], batch["completion_mask"], temperature)
 
     old = now().detach()
-    mask, rewards, share = batch["completion_mask"], batch["rewards"], settings.get("gal_weight", 0.0)
+    mask, rewards = batch["completion_mask"], batch["rewards"]
     assert (mask.sum(2) == 0).any()  # an empty completion is among them
     losses = []
     for _ in range(epochs):
         logps = now()
-        loss = share * group_alignment_loss(logps, old, rewards, mask, beta=settings.get("beta_gal", 1.0))
-        if share < 1:
-            loss = loss + (1 - share) * clipped_surrogate_loss(
-                logps,
-                old,
-                batch["advantages"],
-                mask,
-                ref_logps=old,
-                clip_low=settings.get("clip_low", 0.2),
-                clip_high=settings.get("clip_high", 0.2),
-                kl_coef=settings.get("kl_coef", 0.0),
-                ratio_level=settings.get("ratio_level", "token"),
-                aggregation=settings.get("loss_type", "grpo"),
-                max_completion_length=4,
-            )
-        loss = (batch["rl_weight"] * loss).mean()
+        pairwise = group_alignment_loss(logps, old, rewards, mask, beta=settings.get("beta_gal", 1.0))
+        surrogate = clipped_surrogate_loss(
+            logps,
+            old,
+            batch["advantages"],
+            mask,
+            ref_logps=old,
+            clip_low=settings.get("clip_low", 0.2),
+            clip_high=settings.get("clip_high", 0.2),
+            kl_coef=settings.get("kl_coef", 0.0),
+            ratio_level=settings.get("ratio_level", "token"),
+            aggregation=settings.get("loss_type", "grpo"),
+            max_completion_length=4,
+        )
+        loss = (batch["rl_weight"] * (share * pairwise + (1 - share) * surrogate)).mean()
         step_by_hand(model, loss)
         losses.append(loss.item())
     check_weights(module, model)
@@ -344,12 +351,40 @@ def test_dypo_is_its_loss(tmp_path: Path) -> None:
         assert logged[f"train/{name}"] == pytest.approx(found.stats[name].item() / 2)
 
 
+def test_before_the_gate_acts_it_is_grpo(tmp_path: Path) -> None:
+    """Bit by bit, though GroupPolicy has the pairwise loss and the prompts have teachers; and not a step longer."""
+    settings = {"micro_batch_size": 3, "max_grad_norm": 0.1}
+    plain, gated = policy(**settings), policy(gal_weight=0.5, **settings)
+    fit(tmp_path, plain, max_steps=2)
+    logged = fit(tmp_path, gated, callbacks=[DYPOGate(start_step=2)], max_steps=2)
+    expected, actual = weights(plain.model), weights(gated.model)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert "train/gal_margin" not in logged
+    assert "train/nll" not in logged
+    longer = policy(gal_weight=0.5, **settings)
+    logged = fit(tmp_path, longer, callbacks=[DYPOGate(start_step=1)], max_steps=2)
+    assert "train/gal_margin" in logged
+    assert not torch.equal(weights(longer.model)["lm_head.weight"], expected["lm_head.weight"])
+
+
+def test_the_average_is_the_estimators_unless_given() -> None:
+    for estimator, own in (
+        (None, "grpo"),
+        (MedianCentered(), "grpo"),
+        (ReferenceInGroup(), "prompt"),
+        (ValueTracker(), "dapo"),
+    ):
+        model = nn.Identity()
+        assert policy(model, advantages=estimator).loss_type == own
+        assert policy(model, advantages=estimator, loss_type="bnpo").loss_type == "bnpo"
+
+
 @pytest.mark.parametrize("reference_in_group", [True, False])
 def test_grao_is_its_loss(tmp_path: Path, reference_in_group: bool) -> None:
     """Closed-form weights against the loss function: equal gradients, for prompts with and without demonstration."""
     recorder = Batches()
     estimator = ReferenceInGroup(reference_in_group=reference_in_group, beta=0.3, lam=0.8)
-    module = policy(reward=CharacterMatch(), advantages=estimator, loss_type="prompt")
+    module = policy(reward=CharacterMatch(), advantages=estimator)
     logged = fit(tmp_path, module, callbacks=[recorder])
     (batch,) = recorder.seen
     model = tiny_model().double()
@@ -561,6 +596,22 @@ def test_predict_completes(tmp_path: Path) -> None:
     assert all(isinstance(text, str) for text in texts[0])
 
 
+def test_values_are_not_taken_for_those_of_other_prompts(tmp_path: Path) -> None:
+    """As many, in another order: a resumed run would give them each other's values."""
+
+    def spo() -> GroupPolicy:
+        return policy(num_generations=1, advantages=ValueTracker(offline_generations=0))
+
+    trainer = quiet_trainer(tmp_path, max_steps=1, **FLOAT64)
+    trainer.fit(spo(), prompts())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fit(tmp_path, first := spo(), prompts(), max_steps=2, ckpt_path=tmp_path / "a.ckpt")
+    with pytest.raises(RuntimeError, match="ValueTracker of the checkpoint has the values of other training prompts"):
+        fit(tmp_path, spo(), prompts(ROWS[::-1]), max_steps=2, ckpt_path=tmp_path / "a.ckpt")
+    with pytest.raises(MisconfigurationException, match="ValueTracker has the values of other training prompts"):
+        fit(tmp_path, first, prompts(ROWS[::-1]))
+
+
 # --- wrong input -----------------------------------------------------------------------------------------------------
 
 
@@ -671,12 +722,20 @@ def refusals() -> dict[str, tuple[Any, str]]:
         "batch without prompts": (foreign_data, r"needs \['prompt_ids', .*which have \['input_ids'\]"),
         "number of prompts not known": (no_count, "ValueTracker keeps a value for every training prompt"),
         "no demonstrations": (
-            short([(p, a, ()) for p, a, _ in ROWS], advantages=ReferenceInGroup(), loss_type="prompt"),
+            short([(p, a, ()) for p, a, _ in ROWS], advantages=ReferenceInGroup()),
             "ReferenceInGroup needs demonstrations in its batches",
         ),
         "weight of wrong shape": (
             plan(rl_weight=torch.ones(3)),
             r"rl_weight must have shape \(B,\) = \(8,\), got \(3,\)",
+        ),
+        "share out of range": (
+            plan(gal_weight=torch.tensor([0.0] * 7 + [1.5])),
+            r"gal_weight of a batch must be in \[0, 1\], .* got 0 to 1.5",
+        ),
+        "share without reference": (
+            plan(gal_weight=torch.full((8,), 0.5)),
+            r"0 for a GroupPolicy without reference, .* got 0.5 to 0.5 with GroupPolicy\(gal_weight=0, kl_coef=0\)",
         ),
         "nobody to imitate": (
             plan(sft_weight=torch.ones(8)),
