@@ -98,8 +98,9 @@ SPEED = Speed(
     "compensated with a Hessian that is given. The peer does less: 2 bits alone with a float16 minimum and scale every "
     "16 weights (4 bits a weight), in float32, without choices or second-order scales. Product: x (batch, in_features) "
     "float32 by a weight that stays packed, against dense products with the same decoded weight. The titles name the "
-    "weights' memory, which a peer in bfloat16 halves. There is no kernel behind the packed product yet: it decodes "
-    "blocks of rows by torch operations, so expect it to lose in time.",
+    "weights' memory, which a peer in bfloat16 halves. On the CPU the packed product decodes blocks of rows by torch "
+    "operations before it multiplies, which costs the same whatever the batch: expect it to lose in time, by least at "
+    "large batches.",
     cases={
         **{
             f"encode {o} x {i}": Case(

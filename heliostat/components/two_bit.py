@@ -36,12 +36,14 @@ from heliostat.components.two_bit_format import (
     empty_codes,
     stored_groups,
 )
+from heliostat.cuda import two_bit as kernels
 
 ErrorCompensation = Literal["auto", "rtn", "gptq"]
 
 # --- operators -------------------------------------------------------------------------------------------------------
-# Three operators, so that a kernel can take over on its device with `register_kernel`; what stands here is torch, for
-# every device. The two products are each other's backward, so they can be differentiated any number of times.
+# Three operators, so that compiled graphs see one node each. On a CUDA device the kernels of `heliostat.cuda.two_bit`
+# take over where they fit; what stands here beside them is torch, for every device. The two products are each other's
+# backward, so they can be differentiated any number of times.
 
 
 @torch.library.custom_op(
@@ -50,6 +52,8 @@ ErrorCompensation = Literal["auto", "rtn", "gptq"]
     schema="(Tensor[] arrays, int in_features, ScalarType dtype) -> Tensor",
 )
 def _dequantize_op(arrays: list[Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
+    if kernels.usable(dtype, arrays):
+        return kernels.dequantize(arrays, in_features, dtype)
     packed = PackedArrays(*arrays)
     dense = packed.codes.new_empty(len(packed.codes), in_features, dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -68,6 +72,8 @@ def _(arrays: list[Tensor], in_features: int, dtype: torch.dtype) -> Tensor:
     "heliostat::two_bit_linear", mutates_args=(), schema="(Tensor x, Tensor[] arrays, Tensor? bias) -> Tensor"
 )
 def _linear_op(x: Tensor, arrays: list[Tensor], bias: Tensor | None) -> Tensor:
+    if kernels.usable(x.dtype, arrays):
+        return kernels.linear(x, arrays, bias)
     packed = PackedArrays(*arrays)
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
@@ -91,6 +97,8 @@ def _(x: Tensor, arrays: list[Tensor], bias: Tensor | None) -> Tensor:
     schema="(Tensor grad, Tensor[] arrays, int in_features) -> Tensor",
 )
 def _transposed_op(grad: Tensor, arrays: list[Tensor], in_features: int) -> Tensor:
+    if kernels.usable(grad.dtype, arrays):
+        return kernels.linear_transposed(grad, arrays, in_features)
     wide = torch.promote_types(grad.dtype, torch.float32)
     with torch.autocast(grad.device.type, enabled=False):
         inputs = grad.to(wide)
@@ -222,8 +230,9 @@ def dequantize_two_bit(w: TwoBitWeight, dtype: torch.dtype = torch.float32) -> T
 def two_bit_linear(x: Tensor, w: TwoBitWeight, bias: Tensor | None = None) -> Tensor:
     """Linear map ``x W^^T + bias`` by a packed weight, decoded block by block.
 
-    Accumulates in float32 at least; autocast does not reach it. Differentiable in x and bias any number of times, by
-    reverse mode only: `torch.func.jvp` does not know the operator.
+    On a CUDA device with CuPy the kernels of `heliostat.cuda.two_bit` do it, else torch's operations. Accumulates in
+    float32 at least; autocast does not reach it. Differentiable in x and bias any number of times, by reverse mode
+    only: `torch.func.jvp` does not know the operator.
 
     Args:
         x: Shape ``(..., I)``, float16, bfloat16, float32 or float64.

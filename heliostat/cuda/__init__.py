@@ -1,1 +1,1 @@
-"""CuPy raw kernels: NAME.cu beside NAME.py, which registers its torch operator."""
+"""CuPy raw kernels: NAME.cu beside NAME.py, which launches it."""

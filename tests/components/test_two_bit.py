@@ -205,12 +205,15 @@ def test_bits_outside_the_matrix_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_non_finite_inputs_spread_as_in_a_dense_layer(value: float) -> None:
-    x = torch.randn(3, 100)
-    x[1, 7] = value
-    expected = x @ dequantize_two_bit(_WEIGHT).T
-    torch.testing.assert_close(two_bit_linear(x, _WEIGHT), expected, equal_nan=True)
-    assert two_bit_linear(x, _WEIGHT)[[0, 2]].isfinite().all()
+@pytest.mark.parametrize("column", [0, 7, 99])
+def test_non_finite_inputs_spread_as_in_a_dense_layer(value: float, column: int) -> None:
+    for w in (_WEIGHT, TwoBitWeight.from_codes(random_codes(40, 100, seed=column), 100)):
+        x = torch.randn(3, 100)
+        x[1, column] = value
+        expected = value * dequantize_two_bit(w)[:, column]  # NaN where the weight is 0
+        y = two_bit_linear(x, w)
+        torch.testing.assert_close(y[1], expected, equal_nan=True)
+        assert y[[0, 2]].isfinite().all()
 
 
 def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,6 +424,20 @@ def test_unpacking_undoes_packing(rows: int, columns: int, seed: int) -> None:
     )
     assert torch.equal(dequantize_two_bit(w, torch.float64), dense * 2.0**integers.exponent)
     assert_same(TwoBitWeight.from_state_dict(w.state_dict()), w)
+
+
+@few
+@hypothesis.given(**SIZES)
+def test_products_by_any_integers_are_those_of_the_decoded_matrix(rows: int, columns: int, seed: int) -> None:
+    w = TwoBitWeight.from_codes(random_codes(rows, columns, seed), columns)
+    exact = dequantize_two_bit(w, torch.float64)
+    assert torch.equal(dequantize_two_bit(w), exact.float())
+    x = torch.randn(3, columns, requires_grad=True)
+    y = two_bit_linear(x, w)
+    y.backward(torch.ones_like(y))
+    bound = 1e-5 * x.detach().abs().double() @ exact.abs().T
+    assert ((y - x.double() @ exact.T).abs() <= bound).all()
+    assert ((x.grad - exact.sum(0)).abs() <= 1e-5 * exact.abs().sum(0)).all()
 
 
 @few

@@ -53,3 +53,26 @@ extern "C" __global__ void round_trip(const float* x, Element* out, float* back,
     back[i] = load(out + i);
   }
 }
+
+extern "C" __global__ void bits(const unsigned* x, unsigned* out) {
+  const int t = threadIdx.x;
+  out[t] = __popc(x[t]);
+  out[64 + t] = __byte_perm(x[t], x[63 - t], 0x7520);
+}
+
+#if DTYPE > 0
+// a (16, 16), b (16, 8), row after row; out their product, and what adding the first halves of both gives.
+// With fewer than 32 `lanes` the tensor cores wait for the others.
+extern "C" __global__ void pairs(const unsigned* a, const Element* b, float* out, unsigned* sums, int lanes) {
+  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const unsigned left[4] = {a[8 * r + c], a[8 * (r + 8) + c], a[8 * r + c + 4], a[8 * (r + 8) + c + 4]};
+  const unsigned first = b[16 * c + r] | (unsigned)b[16 * c + 8 + r] << 16;
+  const unsigned second = b[16 * (c + 4) + r] | (unsigned)b[16 * (c + 4) + 8 + r] << 16;
+  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  const uint2 right = {first, second};
+  if (lane < lanes) multiply_16x8x16(sum, left, right);
+  if (threadIdx.x >= 32) return;
+  for (int i = 0; i < 4; ++i) out[8 * (r + i / 2 * 8) + 2 * c + i % 2] = sum[i];
+  sums[lane] = add_pairs(a[lane], ((const unsigned*)b)[lane]);
+}
+#endif

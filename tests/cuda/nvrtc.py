@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 class Binary(NamedTuple):
     code: bytes
+    ptx: str
     registers: dict[str, int]  # of each kernel
     stack_and_spills: int  # bytes, of all kernels
 
@@ -59,9 +60,9 @@ def compile_for(architecture: int, source: str, options: Sequence[str]) -> Binar
 
     log = fetch("ProgramLog").rstrip(b"\0").decode()
     assert not failed, log
-    binary = fetch("CUBIN")
+    binary, ptx = fetch("CUBIN"), fetch("PTX").decode()
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     names = re.findall(r"Compiling entry function '(\w+)'", log)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", log)]
     spills = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log)
-    return Binary(binary, dict(zip(names, registers, strict=True)), sum(map(int, spills)))
+    return Binary(binary, ptx, dict(zip(names, registers, strict=True)), sum(map(int, spills)))

@@ -118,3 +118,24 @@ def test_rounding_to_16_bits_is_that_of_torch(builder: Builder, dtype: torch.dty
     Toy(builder, "plain").run("round_trip", x, out, back, len(x), dtype=_launch.DTYPES[dtype])
     assert torch.equal(out, x.to(dtype))
     assert torch.equal(back, x.to(dtype).float())
+
+
+def test_bits(builder: Builder) -> None:
+    x = torch.randint(-(2**31), 2**31, (64,), dtype=torch.int32)
+    out = torch.empty(128, dtype=torch.int32)
+    Toy(builder, "plain").run("bits", x, out)
+    assert out[:64].tolist() == [(int(value) & 0xFFFFFFFF).bit_count() for value in x]
+    own, other = (bits.view(torch.uint8).view(64, 4) for bits in (x, x.flip(0)))
+    expected = torch.stack([own[:, 0], own[:, 2], other[:, 1], other[:, 3]], 1)
+    assert torch.equal(out[64:].view(torch.uint8).view(64, 4), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pairs_and_products_of_fragments(builder: Builder, dtype: torch.dtype) -> None:
+    a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
+    out, sums = torch.empty(16, 8), torch.empty(64, dtype=dtype)
+    Toy(builder, "plain").run("pairs", a, b, out, sums, 32, dtype=_launch.DTYPES[dtype])
+    torch.testing.assert_close(out, a.float() @ b.float())
+    assert torch.equal(sums, a.flatten()[:64] + b.flatten()[:64])
+    with pytest.raises(KernelError, match="deadlock"):
+        Toy(builder, "plain").run("pairs", a, b, out, sums, 16, dtype=_launch.DTYPES[dtype])
