@@ -44,6 +44,9 @@ _EXPORTS = {
     "GroupPolicy": "lit_models.group_policy",
     "DYPOGate": "callbacks.dypo_gate",
     "CompletionTable": "callbacks.completion_table",
+    "TwoBitEncoder": "lit_models.two_bit",
+    "QuantizeFrozen": "callbacks.quantize_frozen",
+    "BitsReport": "callbacks.bits_report",
 }
 __all__ = ["__version__", *_EXPORTS]
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
@@ -52,11 +55,13 @@ if TYPE_CHECKING:
     from heliostat.callbacks.adaptation_report import AdaptationReport as AdaptationReport
     from heliostat.callbacks.align_guard import AlignGuard as AlignGuard
     from heliostat.callbacks.alignment_recovery import AlignmentRecovery as AlignmentRecovery
+    from heliostat.callbacks.bits_report import BitsReport as BitsReport
     from heliostat.callbacks.caption_gallery import CaptionGallery as CaptionGallery
     from heliostat.callbacks.completion_table import CompletionTable as CompletionTable
     from heliostat.callbacks.dypo_gate import DYPOGate as DYPOGate
     from heliostat.callbacks.export_best import ExportBest as ExportBest
     from heliostat.callbacks.metric_curves import MetricCurves as MetricCurves
+    from heliostat.callbacks.quantize_frozen import QuantizeFrozen as QuantizeFrozen
     from heliostat.callbacks.retrieval_gallery import RetrievalGallery as RetrievalGallery
     from heliostat.callbacks.sample_grid import SampleGrid as SampleGrid
     from heliostat.callbacks.source_statistics import SourceStatistics as SourceStatistics
@@ -73,6 +78,7 @@ if TYPE_CHECKING:
     from heliostat.lit_models.multi_similarity import MetricLearning as MetricLearning
     from heliostat.lit_models.proclip import ProCLIP as ProCLIP
     from heliostat.lit_models.softrepa import SoftREPA as SoftREPA
+    from heliostat.lit_models.two_bit import TwoBitEncoder as TwoBitEncoder
     from heliostat.lit_models.u_repa import UREPA as UREPA
     from heliostat.lit_models.whitened_cse import WhitenedCSE as WhitenedCSE
     from heliostat.recovery import recover_checkpoint as recover_checkpoint

@@ -16,6 +16,8 @@ import torch
 
 from heliostat.cli import main, recipes
 from heliostat.datamodules.sources import tiny_clip
+from heliostat.lit_models import two_bit
+from heliostat.pretrained import load_text_encoder
 from tests.lit_models.test_whitened_cse import NO_DROPOUT, tiny_module, write_files
 
 
@@ -25,6 +27,9 @@ def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tiny_clip, "fit_towers", partial(tiny_clip.fit_towers, steps=20))  # of ProCLIP's recipe
+    few = {name: two_bit.VARIANTS[name] for name in ("2-bit, to nearest", "2/4/16-bit, compensated")}
+    monkeypatch.setattr(two_bit, "VARIANTS", few)
+    monkeypatch.setattr(two_bit, "load_text_encoder", lambda name, num_layers: load_text_encoder(name, num_layers=1))
     short = [
         "--trainer.limit_val_batches",
         "1",

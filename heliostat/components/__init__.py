@@ -83,6 +83,7 @@ _EXPORTS = {
     "pairwise_denoising_errors": "softrepa",
     "policy_drift": "spo",
     "pool_tokens": "pooling",
+    "prepare_two_bit": "two_bit_networks",
     "quantize_model": "two_bit",
     "quantize_two_bit": "two_bit",
     "recover_alignment": "alignment_recovery",
@@ -97,6 +98,7 @@ _EXPORTS = {
     "token_alignment_loss": "u_repa",
     "token_log_probs": "policy_gradient",
     "two_bit_linear": "two_bit",
+    "two_bit_network": "two_bit_networks",
     "u_repa_loss": "u_repa",
     "unified_negatives": "unpg",
     "uniformity": "embedding_geometry",
@@ -198,6 +200,8 @@ if TYPE_CHECKING:
     from heliostat.components.two_bit import quantize_model as quantize_model
     from heliostat.components.two_bit import quantize_two_bit as quantize_two_bit
     from heliostat.components.two_bit import two_bit_linear as two_bit_linear
+    from heliostat.components.two_bit_networks import prepare_two_bit as prepare_two_bit
+    from heliostat.components.two_bit_networks import two_bit_network as two_bit_network
     from heliostat.components.u_repa import AlignmentProjector as AlignmentProjector
     from heliostat.components.u_repa import FeatureTap as FeatureTap
     from heliostat.components.u_repa import manifold_alignment_loss as manifold_alignment_loss
