@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from heliostat.components.two_bit import TwoBitLinear, quantize_model
+from heliostat.components.two_bit import TwoBitLinear, _matrix_of, quantize_model
 
 
 def two_bit_network(
@@ -60,13 +60,12 @@ def prepare_two_bit(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
     replaced: dict[str, TwoBitLinear] = {}
     layers: dict[nn.Module, TwoBitLinear] = {}  # under all its names a layer stays one
     for name, module in model.named_modules(remove_duplicate=False):
-        shape: Tensor | None = state_dict.get(f"{prefix}{name}.weight_shape")
-        packed = f"{prefix}{name}.codes" in state_dict
-        if shape is None or not packed or isinstance(module, TwoBitLinear) or not name:
+        weight = None if isinstance(module, TwoBitLinear) or not name else _matrix_of(module)
+        if weight is None or f"{prefix}{name}.codes" not in state_dict:
             continue
         if module not in layers:
-            rows, columns = shape.tolist()
-            layers[module] = TwoBitLinear(columns, rows, bias=False, device=module.get_parameter("weight").device)
+            rows, columns = weight.shape  # if those of the state dict differ, loading will say so
+            layers[module] = TwoBitLinear(columns, rows, bias=False, device=weight.device)
             layers[module].bias = getattr(module, "bias", None)
             layers[module].train(module.training)
         replaced[name] = layers[module]

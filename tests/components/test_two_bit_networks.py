@@ -77,6 +77,10 @@ def test_prepared_model_loads_what_a_quantised_one_saved(prefix: str) -> None:
     x = torch.randn(4, 20)
     assert torch.equal(fresh(x), saved(x))
     assert prepare_two_bit(Net(), Net().state_dict()) == []
+    other = Net(width=36)
+    prepare_two_bit(other, saved.state_dict())
+    with pytest.raises(RuntimeError, match=r"body.0: the weight's shape \(O, I\) is \(24, 20\)"):
+        other.load_state_dict(saved.state_dict())
 
 
 def test_packed_names_are_the_buffers_of_two_bit_layers() -> None:
