@@ -15,10 +15,25 @@ import pytest
 import torch
 
 from heliostat.cli import main, recipes
-from heliostat.datamodules.sources import tiny_clip
+from heliostat.datamodules import captioned_pictures
+from heliostat.datamodules.sources import refusals, tiny_clip
+from heliostat.datamodules.sources.twemoji import twemoji
 from heliostat.lit_models import two_bit
 from heliostat.pretrained import load_text_encoder
 from tests.lit_models.test_whitened_cse import NO_DROPOUT, tiny_module, write_files
+
+
+def _shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer emoji, and less training of what recipes begin with; nothing of it outlives the test."""
+    monkeypatch.setattr(captioned_pictures, "twemoji", lambda: twemoji()[::4])
+    monkeypatch.setattr(tiny_clip, "fit_towers", partial(tiny_clip.fit_towers, steps=20))
+    monkeypatch.setattr(tiny_clip, "_tiny_clip", tiny_clip._tiny_clip.__wrapped__)
+    train = refusals._train
+    monkeypatch.setattr(refusals, "_train", lambda *args, steps, **settings: train(*args, steps=20, **settings))
+    monkeypatch.setattr(refusals, "_aligned_model", refusals._aligned_model.__wrapped__)
+    few = {name: two_bit.VARIANTS[name] for name in ("2-bit, to nearest", "2/4/16-bit, compensated")}
+    monkeypatch.setattr(two_bit, "VARIANTS", few)
+    monkeypatch.setattr(two_bit, "load_text_encoder", lambda name, num_layers: load_text_encoder(name, num_layers=1))
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -26,10 +41,7 @@ def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     """Two steps and a validation of one batch; then validate and test from its checkpoint and its saved config."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tiny_clip, "fit_towers", partial(tiny_clip.fit_towers, steps=20))  # of ProCLIP's recipe
-    few = {name: two_bit.VARIANTS[name] for name in ("2-bit, to nearest", "2/4/16-bit, compensated")}
-    monkeypatch.setattr(two_bit, "VARIANTS", few)
-    monkeypatch.setattr(two_bit, "load_text_encoder", lambda name, num_layers: load_text_encoder(name, num_layers=1))
+    _shrink(monkeypatch)
     short = [
         "--trainer.limit_val_batches",
         "1",
