@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pandas as pd
@@ -27,10 +27,10 @@ def _shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer emoji, and less training of what recipes begin with; nothing of it outlives the test."""
     monkeypatch.setattr(captioned_pictures, "twemoji", lambda: twemoji()[::4])
     monkeypatch.setattr(tiny_clip, "fit_towers", partial(tiny_clip.fit_towers, steps=20))
-    monkeypatch.setattr(tiny_clip, "_tiny_clip", tiny_clip._tiny_clip.__wrapped__)
+    monkeypatch.setattr(tiny_clip, "_tiny_clip", cache(tiny_clip._tiny_clip.__wrapped__))
     train = refusals._train
     monkeypatch.setattr(refusals, "_train", lambda *args, steps, **settings: train(*args, steps=20, **settings))
-    monkeypatch.setattr(refusals, "_aligned_model", refusals._aligned_model.__wrapped__)
+    monkeypatch.setattr(refusals, "_aligned_model", cache(refusals._aligned_model.__wrapped__))
     few = {name: two_bit.VARIANTS[name] for name in ("2-bit, to nearest", "2/4/16-bit, compensated")}
     monkeypatch.setattr(two_bit, "VARIANTS", few)
     monkeypatch.setattr(two_bit, "load_text_encoder", lambda name, num_layers: load_text_encoder(name, num_layers=1))
