@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import frame
+from benchmarks.gpu import milliseconds
 from benchmarks.speed import Case, Speed
 from benchmarks.speed.group_whitening import EPS, VIEWS, contender
 from heliostat.components import group_whiten_views
@@ -63,31 +64,6 @@ def roofline_seconds(rows: int, dim: int, size: int, method: str, device_name: s
     root = 6 * 10 * size**3 if method == "newton_schulz" else 11 * size**3
     work = VIEWS * (6 * rows * dim * size + dim // size * root)
     return max(4 * 4 * VIEWS * rows * dim / bandwidth, work / flops)
-
-
-def kernel_ms(run: Callable[[], object], repeats: int, flush: Tensor) -> float:
-    """Median device time of a call by events, replayed from a CUDA graph where it can be captured, caches flushed."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    play: Callable[[], object] = run
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-        play = graph.replay
-    except RuntimeError:  # waits for the host, which is part of its time
-        torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        play()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def _contenders(size: int) -> dict[str, Callable[..., Tensor]]:
@@ -143,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
         eager = time_interleaved(runs, args.repeats, device)
         for label, run in runs.items():
             method = "newton_schulz" if "newton_schulz" in label or "(iii)" in label else "eigh"
-            ms, bound = kernel_ms(run, args.repeats, flush), roofline_seconds(n, d, m, method, name)
+            ms, bound = milliseconds(run, args.repeats, flush)[0], roofline_seconds(n, d, m, method, name)
             records.append(
                 {
                     "case": f"N={n} d={d} m={m}",

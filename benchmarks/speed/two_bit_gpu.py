@@ -6,7 +6,6 @@ import argparse
 import copy
 import importlib.util
 import re
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import frame
+from benchmarks.gpu import milliseconds
 from benchmarks.speed import Case, Factory, Run, Speed
 from benchmarks.speed.two_bit import matrix
 from heliostat.components import TwoBitLinear, quantize_two_bit
@@ -179,31 +179,6 @@ SPEED = Speed(
         for batch in BATCHES
     },
 )
-
-
-def milliseconds(run: Run, repeats: int) -> tuple[float, bool]:
-    """Median device time of a call by events, and whether it was replayed from a CUDA graph."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    play: Callable[[], object] = run
-    graph, captured = torch.cuda.CUDAGraph(), True
-    try:
-        with torch.cuda.graph(graph):
-            run()
-        play = graph.replay
-    except RuntimeError:  # waits for the host
-        torch.cuda.synchronize()
-        captured = False
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        play()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times), captured
 
 
 def copy_bandwidth(repeats: int, device: torch.device) -> float:
